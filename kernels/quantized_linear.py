@@ -1,0 +1,125 @@
+"""Weight-only quantized linear layer in the GPTQ checkpoint layout, with its plain PyTorch reference.
+
+Layout (in = K, out = N, groups G, b bits): `qweight` int32 [K*b/32, N] packed along K; `qzeros` int32 [G, N*b/32]
+packed along N; `scales` fp16 [G, N]; `g_idx` int32 [K], the group of each input. A weight is (q - z) * scale.
+Format `gptq` (version 1) stores z - 1, `gptq_v2` stores z.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from tensorpress.kernels import registry
+from tensorpress.kernels.packing import pack, packed_rows, unpack
+
+BITS = (2, 3, 4, 8)
+
+
+def dequantize(
+    qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor, bits: int, zero_offset: int
+) -> torch.Tensor:
+    """Weights [K, N] in fp32 from the packed layout; `zero_offset` is 1 for format `gptq`, 0 for `gptq_v2`."""
+    values = unpack(qweight, bits, g_idx.shape[0])
+    zeros = unpack(qzeros.T.contiguous(), bits, scales.shape[1]).T + zero_offset
+    groups = g_idx.long()
+    return (values - zeros[groups]).float() * scales.float()[groups]
+
+
+class QuantizedLinear(nn.Module):
+    """y = x W^T + b with W stored in 2, 3, 4 or 8 bits; inputs [..., K], outputs [..., N]."""
+
+    qweight: torch.Tensor
+    qzeros: torch.Tensor
+    scales: torch.Tensor
+    g_idx: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(
+        self, in_features: int, out_features: int, bits: int, group_size: int, *, bias: bool, zero_offset: int = 1
+    ):
+        super().__init__()
+        if bits not in BITS:
+            raise ValueError(f"bits must be one of {BITS}, not {bits}")
+        self.in_features, self.out_features, self.bits, self.zero_offset = in_features, out_features, bits, zero_offset
+        self.group_size = in_features if group_size == -1 else group_size
+        groups = -(-in_features // self.group_size)
+        self.register_buffer("qweight", torch.zeros(packed_rows(in_features, bits), out_features, dtype=torch.int32))
+        self.register_buffer("qzeros", torch.zeros(groups, packed_rows(out_features, bits), dtype=torch.int32))
+        self.register_buffer("scales", torch.zeros(groups, out_features, dtype=torch.float16))
+        self.register_buffer("g_idx", torch.arange(in_features, dtype=torch.int32) // self.group_size)
+        self.register_buffer("bias", torch.zeros(out_features) if bias else None)
+        self.kernel = "auto"
+
+    @classmethod
+    def from_integers(
+        cls,
+        values: torch.Tensor,
+        zeros: torch.Tensor,
+        scales: torch.Tensor,
+        g_idx: torch.Tensor,
+        bits: int,
+        group_size: int,
+        bias: torch.Tensor | None,
+        zero_offset: int = 1,
+    ) -> QuantizedLinear:
+        """Pack integers [K, N], zeros [G, N], scales [G, N] and the group of each input [K]."""
+        layer = cls(*values.shape, bits, group_size, bias=bias is not None, zero_offset=zero_offset)
+        layer.qweight = pack(values, bits)
+        layer.qzeros = pack((zeros - zero_offset).T.contiguous(), bits).T.contiguous()
+        layer.scales = scales.to(torch.float16)
+        layer.g_idx = g_idx.to(torch.int32)
+        layer.bias = None if bias is None else bias.detach().clone()
+        return layer
+
+    def dense_weight(self) -> torch.Tensor:
+        """The weight [N, K] that the integers stand for, in fp32."""
+        return dequantize(self.qweight, self.qzeros, self.scales, self.g_idx, self.bits, self.zero_offset).T
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return registry.kernel_for("quantized_linear", self, x)(self, x)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
+        """Move with the model, but keep the scales in fp16 when the model changes its dtype."""
+        scales = self.scales
+        super()._apply(fn, recurse)
+        if self.scales.dtype != torch.float16:
+            self.scales = scales.to(self.scales.device)
+        return self
+
+    def spec(self) -> dict[str, object]:
+        """What rebuilds this layer's empty form: the entry of the loading plug-in."""
+        return {
+            "form": "gptq",
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "zero_offset": self.zero_offset,
+            "bias": self.bias is not None,
+        }
+
+    @classmethod
+    def from_spec(cls, spec: dict) -> QuantizedLinear:
+        return cls(
+            spec["in_features"],
+            spec["out_features"],
+            spec["bits"],
+            spec["group_size"],
+            bias=spec["bias"],
+            zero_offset=spec["zero_offset"],
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bits={self.bits}, group_size={self.group_size}"
+
+
+def quantized_linear_reference(layer: QuantizedLinear, x: torch.Tensor) -> torch.Tensor:
+    """Dequantize, then multiply: the oracle, in the dtype of the input."""
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    return nn.functional.linear(x, layer.dense_weight().to(x.dtype), bias)
+
+
+registry.register("quantized_linear", "reference", quantized_linear_reference)

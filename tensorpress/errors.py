@@ -1,0 +1,23 @@
+"""The two ways in which work stops: the user's input is wrong, or a step failed."""
+
+from collections.abc import Iterable
+
+
+class InputError(Exception):
+    """Input that cannot be used: one clear line for each problem. The command line prints it and exits with 2."""
+
+    def __init__(self, *problems: str):
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class StepError(Exception):
+    """A step of a recipe failed; what earlier steps made is kept. The command line exits with 1."""
+
+
+def nearest(name: str, known: Iterable[object]) -> str:
+    """Return ` (did you mean X?)` for the known name nearest to `name`, or an empty string."""
+    import difflib
+
+    matches = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.5)
+    return f" (did you mean {matches[0]}?)" if matches else ""

@@ -1,0 +1,201 @@
+"""The transformers plug-in: `from_pretrained` opens any artifact, with any mix of MPO, pruned and quantized layers.
+
+`config.json` carries `quantization_config = {"quant_method": "tensorpress", "layers": {path: spec}}`; before the weights
+are read, each path gets the empty module that its spec describes. A folder in the plain GPTQ layout is opened the same
+way, its layers found from the checkpoint's own tensor names.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.utils.quantization_config import GPTQConfig, QuantizationConfigMixin
+
+from tensorpress.checks import check_folder
+from tensorpress.errors import InputError
+from tensorpress.kernels import registry
+from tensorpress.kernels.mpo_linear import MPOLinear
+from tensorpress.kernels.quantized_linear import QuantizedLinear
+from tensorpress.kernels.removed import RemovedAttention, RemovedLinear, RemovedNorm
+from tensorpress.structure import iterate_linears, linear_shape, renumber_attention, set_module, stub_from_spec
+
+METHOD = "tensorpress"
+FORMAT_VERSION = 1
+REPLACED = (MPOLinear, QuantizedLinear, RemovedLinear, RemovedAttention, RemovedNorm)
+
+
+class TensorpressConfig(QuantizationConfigMixin):
+    """The `quantization_config` of an artifact: which module stands at which path."""
+
+    def __init__(self, layers: dict[str, dict] | None = None, format_version: int = FORMAT_VERSION, **kwargs: Any):
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.format_version = format_version
+        self.layers = layers or {}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": METHOD, "format_version": self.format_version, "layers": self.layers}
+
+
+class TensorpressQuantizer(HfQuantizer):
+    """Rebuilds an artifact's modules on the meta device; transformers then reads the weights into them."""
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        version = self.quantization_config.format_version
+        if version > FORMAT_VERSION:
+            raise InputError(f"artifact format {version} is newer than this tensorpress reads ({FORMAT_VERSION})")
+        apply_layers(model, self.quantization_config.layers)
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+class PlainGPTQQuantizer(HfQuantizer):
+    """Opens a folder in the standard GPTQ layout with tensorpress's own layers; gptqmodel is not needed."""
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        config = self.quantization_config.to_dict()
+        apply_layers(model, gptq_layers(model, config, [Path(f) for f in checkpoint_files or []]))
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def gptq_layers(model: nn.Module, config: dict[str, Any], files: list[Path]) -> dict[str, dict]:
+    """The specs of all layers of `model` whose packed weights stand in the checkpoint `files`."""
+    names: set[str] = set()
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            names.update(tensors.keys())
+    layout = config.get("checkpoint_format") or config.get("format") or "gptq"
+    layers: dict[str, dict] = {}
+    for path, layer in iterate_linears(model):
+        found = next((n for n in names if n == f"{path}.qweight" or n.endswith(f".{path}.qweight")), None)
+        if found is None:
+            continue
+        out_features, in_features = linear_shape(layer)
+        layers[path] = {
+            "form": "gptq",
+            "in_features": in_features,
+            "out_features": out_features,
+            "bits": int(config["bits"]),
+            "group_size": int(config["group_size"]),
+            "zero_offset": 0 if layout == "gptq_v2" else 1,
+            "bias": found.removesuffix("qweight") + "bias" in names,
+        }
+    return layers
+
+
+def apply_layers(model: nn.Module, layers: dict[str, dict]) -> None:
+    """Put the empty module of each spec at its path, in the dtype and on the device of the model.
+
+    Raises InputError for a path that the model does not have or a form that is not known.
+    """
+    for path, spec in layers.items():
+        try:
+            model.get_submodule(path)
+        except AttributeError:
+            raise InputError(f"artifact: layer {path} is not in {type(model).__name__}") from None
+        set_module(model, path, module_from_spec(spec))
+        # An architecture's own initialisation looks for the dense weight: it must pass over what holds this module.
+        for depth in range(path.count(".") + 2):
+            model.get_submodule(".".join(path.split(".")[:depth]))._is_hf_initialized = True  # type: ignore[assignment]
+    renumber_attention(model)
+
+
+def module_from_spec(spec: dict[str, Any]) -> nn.Module:
+    """Build the empty module that a spec describes, with parameters that need no gradient."""
+    form = spec.get("form")
+    if form == "mpo":
+        return MPOLinear.from_spec(spec)
+    if form == "gptq":
+        return QuantizedLinear.from_spec(spec)
+    if form in ("removed", "removed_attention", "removed_norm"):
+        return stub_from_spec(spec)
+    raise InputError(f"artifact: unknown form {form!r} of a layer; known: mpo, gptq, removed")
+
+
+def layers_of(model: nn.Module) -> dict[str, dict]:
+    """The specs of all modules of `model` that tensorpress put there: the inverse of `apply_layers`."""
+    return {path: module.spec() for path, module in model.named_modules() if isinstance(module, REPLACED)}
+
+
+def load(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | Literal["auto"] = "auto",
+    kernels: str = "auto",
+    device: str = "cpu",
+) -> PreTrainedModel:
+    """Open a model folder or an artifact in evaluation mode.
+
+    `kernels` is `auto` or the name of one backend for all its compressed layers. Raises InputError for a folder that
+    cannot be opened.
+    """
+    folder = Path(folder)
+    config = check_folder(folder)
+    if (config_of(config).get("quant_method")) == "gptq":  # ours, also where gptqmodel is installed
+        plain = config_of(config)
+        files = sorted(folder.glob("*.safetensors"))
+        with torch.device("meta"):
+            empty = _auto_class(config).from_config(config)
+        config.quantization_config = TensorpressConfig(gptq_layers(empty, plain, files)).to_dict()
+    model = _auto_class(config).from_pretrained(folder, config=config, dtype=dtype, use_safetensors=True)
+    use_kernels(model, kernels)
+    return model.to(device).eval()
+
+
+def config_of(config: PretrainedConfig) -> dict[str, Any]:
+    """A model config's `quantization_config` as a dict; empty if it has none."""
+    value = getattr(config, "quantization_config", None)
+    if value is None:
+        return {}
+    return value if isinstance(value, dict) else value.to_dict()
+
+
+def use_kernels(model: nn.Module, name: str) -> None:
+    """Let one backend compute all layers that it knows; `auto` lets the registry choose. Raises InputError."""
+    known = {backend for operation in registry.operations() for backend in registry.backends(operation)}
+    if name != "auto" and name not in known:
+        raise InputError(f"kernels: {name!r} is not known; known: auto, {', '.join(sorted(known))}")
+    for module in model.modules():
+        if isinstance(module, MPOLinear):
+            module.kernel = name if name in registry.backends("mpo_linear") else "auto"
+        elif isinstance(module, QuantizedLinear):
+            module.kernel = name if name in registry.backends("quantized_linear") else "auto"
+
+
+def _auto_class(config: PretrainedConfig) -> Any:
+    """The class that opens a config: with a language-model head where the architecture has one, else the bare model."""
+    name = (config.architectures or [""])[0]
+    causal = name.endswith(("ForCausalLM", "LMHeadModel"))
+    return AutoModelForCausalLM if causal else AutoModel
+
+
+def register() -> None:
+    """Make transformers know artifacts, and plain GPTQ folders where gptqmodel is not installed. Safe to call twice."""
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(METHOD)(TensorpressConfig)
+        register_quantizer(METHOD)(TensorpressQuantizer)
+    if importlib.util.find_spec("gptqmodel") is None:
+        AUTO_QUANTIZER_MAPPING["gptq"] = PlainGPTQQuantizer
+        AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] = GPTQConfig
