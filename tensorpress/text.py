@@ -1,0 +1,80 @@
+"""Texts for calibration and evaluation: read, tokenised once, cut into windows without overlap."""
+
+from __future__ import annotations
+
+import importlib.resources
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tensorpress import digest
+from tensorpress.errors import InputError
+
+DEMO_TEXTS = {"train": "train.txt", "test": "test.txt", "other": "other.txt"}
+
+
+def demo_folder() -> Path:
+    """Folder of the demo model and its texts, as installed."""
+    return Path(str(importlib.resources.files("tensorpress.demo")))
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text and where it came from. Line ends are \\n whatever the file has."""
+
+    name: str
+    content: str
+
+    @property
+    def digest(self) -> str:
+        return digest.of_text(self.content)
+
+
+def read_text(source: str, split: str, where: str) -> Text:
+    """Read a text: `demo` with a split, or a UTF-8 file. `where` names the recipe's key in errors. Raises InputError."""
+    if source == "demo":
+        path = demo_folder() / DEMO_TEXTS[split]
+        name = f"demo/{split}"
+    else:
+        path, name = Path(source).expanduser(), Path(source).name
+    try:
+        content = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{where}: no such file: {source}; a text is `demo` or a UTF-8 file") from None
+    except IsADirectoryError:
+        raise InputError(f"{where}: {source} is a folder; a text is `demo` or a UTF-8 file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{where}: {source} cannot be read as UTF-8 text: {error}") from None
+    if not content.strip():
+        raise InputError(f"{where}: the text {source} is empty")
+    return Text(name, content)
+
+
+def tokenise(text: Text, tokenizer: Any) -> torch.Tensor:
+    """Ids of the whole text, tokenised once, without special tokens: int64 [tokens]."""
+    ids = tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def windows(ids: torch.Tensor, length: int, count: int | None, where: str) -> torch.Tensor:
+    """The first `count` windows (all if None) of `length` tokens, without overlap: int64 [windows, length].
+
+    Raises InputError when the text has not one whole window.
+    """
+    whole = len(ids) // length
+    if whole == 0:
+        raise InputError(f"{where}: the text has {len(ids)} tokens, fewer than one window of {length}")
+    rows = ids[: whole * length].view(whole, length)
+    return rows if count is None else rows[:count]
+
+
+def random_windows(ids: torch.Tensor, length: int, count: int, seed: int, where: str) -> torch.Tensor:
+    """`count` windows of `length` tokens, drawn without replacement from the text's grid of windows.
+
+    The same seed draws the same windows. A text with fewer windows gives all of them. Raises InputError as `windows`.
+    """
+    rows = windows(ids, length, None, where)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    return rows[order[:count]]
