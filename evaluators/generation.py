@@ -1,0 +1,177 @@
+"""Greedy generation: samples to read, and how many functions of a model of Python source still parse."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import textwrap
+import warnings
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from tensorpress.evaluators.base import EvaluationData, Evaluator, Measurement, Progress, Subject, no_progress
+from tensorpress.evaluators.perplexity import position_limit
+
+HEADER = re.compile(r"^[ \t]*def \w+\([^()\n]*\)(?: *-> *[^:\n]+)?:$", re.MULTILINE)
+
+
+@torch.no_grad()
+def step(model: PreTrainedModel, ids: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, Any]:
+    """Read `ids` [1, length] after what the cache holds: (the likeliest next token [1, 1], the key-value cache)."""
+    prompt = ids.shape[1] > 1 and "logits_to_keep" in inspect.signature(model.forward).parameters
+    last = {"logits_to_keep": 1} if prompt else {}
+    output = model(input_ids=ids, past_key_values=cache, use_cache=True, **last)
+    return output.logits[:, -1:].argmax(-1), output.past_key_values
+
+
+def greedy(
+    model: PreTrainedModel, prompt: list[int], count: int, stop: Callable[[list[int]], bool] = lambda new: False
+) -> list[int]:
+    """The tokens that greedy decoding adds to a prompt: `count` of them, or fewer where `stop` says so of those so far."""
+    token, cache = step(model, torch.tensor([prompt], device=model.device))
+    new = [int(token)]
+    while len(new) < count and not stop(new):
+        token, cache = step(model, token, cache)
+        new.append(int(token))
+    return new
+
+
+def text_after(tokenizer: Any, prompt: list[int], new: list[int]) -> tuple[str, bool]:
+    """Text that `new` tokens add to the prompt up to an end-of-text token, and whether there was one."""
+    end = tokenizer.eos_token_id
+    ended = end is not None and end in new
+    new = new[: new.index(end)] if ended else new
+    before, whole = (tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in (prompt, prompt + new))
+    return whole[len(before) :], ended
+
+
+@dataclass(frozen=True)
+class FunctionPrompt:
+    """Tokens up to the end of a function's header, the text from the header's line on, and the text's own next tokens."""
+
+    tokens: list[int]
+    header: str
+    continuation: list[int]
+
+
+def function_prompts(text: str, tokenizer: Any, count: int, before: int, after: int) -> list[FunctionPrompt]:
+    """At most `count` functions of a Python text, spread over it evenly, each with `before` tokens ahead of its header.
+
+    The prompt ends with the token that ends the header's colon, so that it is cut as the text itself is; `after` tokens
+    of the text follow it.
+    """
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
+    prompts = []
+    for match in HEADER.finditer(text):
+        first, body = bisect_left(starts, match.start()), bisect_left(ends, match.end()) + 1
+        if body + after <= len(ids):
+            header = text[match.start() : ends[body - 1]]
+            prompts.append(FunctionPrompt(ids[max(0, first - before) : body], header, ids[body : body + after]))
+    if len(prompts) <= count:
+        return prompts
+    return [prompts[i * len(prompts) // count] for i in range(count)]
+
+
+def dedent_line(lines: list[str]) -> int | None:
+    """Index of the first line indented no deeper than line 0, which is the line that ends the function; None if none is."""
+    depth = _indentation(lines[0])
+    deeper = (not line.strip() or _indentation(line) > depth for line in lines[1:])
+    return next((index for index, inside in enumerate(deeper, start=1) if not inside), None)
+
+
+def cut_function(source: str, complete: bool) -> str:
+    """The function that `source` starts with: up to the first line indented no deeper than its header.
+
+    Where there is no such line and the text is not `complete`, its last line may be half a line and is dropped.
+    """
+    lines = source.split("\n")
+    end = dedent_line(lines)
+    if end is None and not complete:
+        end = len(lines) - 1
+    return "\n".join(lines[:end]) + "\n"
+
+
+def _indentation(line: str) -> int:
+    line = line.expandtabs()
+    return len(line) - len(line.lstrip())
+
+
+def complete_function(model: PreTrainedModel, tokenizer: Any, prompt: list[int], header: str, count: int) -> str:
+    """The function that greedy decoding makes of a header; decoding ends with the function, or after `count` tokens."""
+
+    def over(new: list[int]) -> bool:
+        added, ended = text_after(tokenizer, prompt, new)
+        return ended or dedent_line((header + added).split("\n")) is not None
+
+    added, ended = text_after(tokenizer, prompt, greedy(model, prompt, count, over))
+    return cut_function(header + added, ended)
+
+
+def parses(function: str) -> bool:
+    """Whether Python's own parser takes the function, wherever it was indented."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ast.parse(textwrap.dedent(function))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
+
+
+class Generation(Evaluator):
+    """`samples.txt` with greedy continuations; for the demo model also `parsable_functions`, a share in 0..1.
+
+    A function longer than `NEW_TOKENS` is cut after a whole line, which not every construct survives: the same share for
+    the held-out text itself, cut in the same way, stands in the conditions.
+    """
+
+    name = "generation"
+    SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 4, 32, 64
+    FUNCTIONS, CONTEXT_TOKENS = 24, 96
+
+    def evaluate(self, subject: Subject, data: EvaluationData, progress: Progress = no_progress) -> Measurement:
+        result = Measurement({}, {"decoding": "greedy"}, {"samples.txt": self._samples(subject.model, data)})
+        if data.demo:
+            text = data.tokenizer.decode(data.windows.flatten().tolist(), clean_up_tokenization_spaces=False)
+            functions = function_prompts(text, data.tokenizer, self.FUNCTIONS, self.CONTEXT_TOKENS, self.NEW_TOKENS)
+            result.conditions["functions"] = len(functions)
+            if functions:
+                self._parsable(subject.model, data.tokenizer, functions, result, progress)
+        return result
+
+    def _samples(self, model: PreTrainedModel, data: EvaluationData) -> str:
+        """Continuations of the beginnings of a few windows, as text."""
+        parts = []
+        room = max(1, min(self.NEW_TOKENS, position_limit(model) // 2))
+        for row in data.windows[:: max(1, len(data.windows) // self.SAMPLES)][: self.SAMPLES]:
+            prompt = row[: min(self.PROMPT_TOKENS, position_limit(model) - room)].tolist()
+            added, _ = text_after(data.tokenizer, prompt, greedy(model, prompt, room))
+            before = data.tokenizer.decode(prompt, clean_up_tokenization_spaces=False)
+            parts.append(f"===== prompt\n{before}\n===== continuation\n{added}\n")
+        return "\n".join(parts)
+
+    def _parsable(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        functions: list[FunctionPrompt],
+        result: Measurement,
+        progress: Progress,
+    ) -> None:
+        held = made = 0
+        for done, function in enumerate(functions, start=1):
+            prompt = function.tokens[-max(1, position_limit(model) - self.NEW_TOKENS) :]
+            made += parses(complete_function(model, tokenizer, prompt, function.header, self.NEW_TOKENS))
+            text, ended = text_after(tokenizer, function.tokens, function.continuation)
+            held += parses(cut_function(function.header + text, ended))
+            progress("generation", done, len(functions))
+        result.metrics["parsable_functions"] = made / len(functions)
+        result.conditions["parsable_functions_of_the_text"] = held / len(functions)

@@ -1,0 +1,176 @@
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tensorpress.evaluators.base import EvaluationData, Subject
+from tensorpress.evaluators.generation import (
+    Generation,
+    complete_function,
+    cut_function,
+    function_prompts,
+    greedy,
+    parses,
+)
+
+END = "<end>"
+
+
+@pytest.fixture
+def seed():
+    drawn = random.SystemRandom().randrange(1 << 30)
+    print("seed", drawn)
+    return drawn
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One token a byte, but for the colon with its line end, which is one."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: index for index, letter in enumerate([*letters, ":Ċ"])}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[(":", "Ċ")]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=END)
+
+
+class Parrot(nn.Module):
+    """Says one known text after the other, whatever the prompts are."""
+
+    def __init__(self, tokenizer, texts):
+        super().__init__()
+        self.texts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        self.size, self.prompts = len(tokenizer), []
+        self.device = torch.device("cpu")
+        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=10_000))
+
+    def forward(self, input_ids, past_key_values=None, use_cache=True):
+        if past_key_values is None:
+            self.prompts.append(input_ids[0].tolist())
+            past_key_values = list(self.texts[(len(self.prompts) - 1) % len(self.texts)])
+        token = past_key_values.pop(0) if past_key_values else 0
+        logits = nn.functional.one_hot(torch.tensor([[token]]), self.size).float()
+        return SimpleNamespace(logits=logits, past_key_values=past_key_values)
+
+
+def evaluate(model, tokenizer, text, folder, demo=True):
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+    windows = ids[: len(ids) // 16 * 16].view(-1, 16)
+    data = EvaluationData(windows, windows.numel(), tokenizer, "text", demo=demo)
+    return Generation().evaluate(Subject(model, lambda: model, folder, folder, True), data)
+
+
+SOURCE = (
+    '''
+import sys
+
+def first(a, b):
+    if a:
+        return b
+    return sys.argv[0]
+
+class Thing:
+    def second(self) -> int:
+        text = """quoted
+        text"""
+        return len(text)
+
+    def third(self, size=len("xx")):
+        return 3
+
+def fourth():
+    return 4
+'''
+    + "# the end of this text\n" * 10
+)
+
+
+def test_cut_ends_at_the_first_line_that_is_no_deeper():
+    body = "    def f(a):\n        x = 1\n\n        return x\n"
+    assert cut_function(body + "    def g", False) == body
+    assert cut_function(body + "z", False) == body
+    assert cut_function(body + "\n\n", False).rstrip("\n") == body.rstrip("\n")
+
+
+def test_cut_drops_half_a_line_unless_the_text_is_complete():
+    assert cut_function("def f():\n  x = 1\n  return (x", False) == "def f():\n  x = 1\n"
+    assert cut_function("def f():\n  x = 1\n  return x", True) == "def f():\n  x = 1\n  return x\n"
+    assert cut_function("def f():\n  return x\n  ", False) == "def f():\n  return x\n"
+    assert cut_function("def f():", False).strip() == ""
+
+
+def test_parses():
+    assert parses("    def f(a):\n        return a\n")
+    assert parses("def f():\n\treturn '\\d'\n")
+    assert not parses("def f():\n")
+    assert not parses("def f():\n    return (\n")
+    assert not parses("def f():\n    x = '\0'\n")
+    assert not parses("def f():\n" + "    return " + "(" * 5000 + ")" * 5000 + "\n")
+
+
+def test_prompts_end_with_the_header_as_the_text_is_cut(tokenizer):
+    prompts = function_prompts(SOURCE, tokenizer, 24, before=7, after=12)
+    assert [p.header for p in prompts] == ["def first(a, b):\n", "    def second(self) -> int:\n", "def fourth():\n"]
+    for prompt in prompts:
+        before, _, rest = SOURCE.partition(prompt.header)
+        assert (before + prompt.header).endswith(tokenizer.decode(prompt.tokens))
+        assert len(prompt.tokens) == 7 + len(prompt.header) - 1  # the colon and its line end are one token
+        assert rest.startswith(tokenizer.decode(prompt.continuation))
+        assert len(prompt.continuation) == 12
+    assert [p.header for p in function_prompts(SOURCE, tokenizer, 2, 7, 12)] == [
+        "def first(a, b):\n",
+        "    def second(self) -> int:\n",
+    ]
+    assert len(function_prompts(SOURCE, tokenizer, 24, before=7, after=250)) == 2  # too little follows the last
+
+
+def test_share_of_functions_that_parse(tokenizer, tmp_path):
+    texts = ["    return 1\n\nx = (", "        return )\n", "    if a:\n        return 1\n    return (1, 2" + "," * 60]
+    model = Parrot(tokenizer, ["."] * 4 + texts)
+    result = evaluate(model, tokenizer, SOURCE, tmp_path)
+    assert result.conditions["functions"] == 3
+    assert result.metrics == {"parsable_functions": pytest.approx(2 / 3)}
+    assert result.conditions["parsable_functions_of_the_text"] == 1.0
+    assert evaluate(Parrot(tokenizer, ["."] * 4 + texts), tokenizer, SOURCE, tmp_path) == result
+
+
+def test_end_of_text_ends_the_function(tokenizer, tmp_path):
+    complete = Parrot(tokenizer, ["."] * 4 + [f"        return 1{END}def )"] * 3)
+    assert evaluate(complete, tokenizer, SOURCE, tmp_path).metrics["parsable_functions"] == 1.0
+    silent = Parrot(tokenizer, ["."] * 4 + [END] * 3)
+    assert evaluate(silent, tokenizer, SOURCE, tmp_path).metrics["parsable_functions"] == 0.0
+
+
+def test_decoding_ends_with_the_function(tokenizer, tmp_path):
+    model = Parrot(tokenizer, ["        return 1\n\nx" + "y" * 60])
+    steps = []
+    model.register_forward_hook(lambda *call: steps.append(1))
+    prompt = tokenizer("    def f():", add_special_tokens=False)["input_ids"]
+    assert complete_function(model, tokenizer, prompt, "    def f():\n", 64) == "    def f():\n        return 1\n\n"
+    assert len(steps) == len("        return 1\n\nx")
+
+
+def test_samples_are_kept_for_every_model(tokenizer, tmp_path):
+    result = evaluate(Parrot(tokenizer, ["ONE", "TWO"]), tokenizer, SOURCE, tmp_path, demo=False)
+    assert result.metrics == {}
+    assert result.texts["samples.txt"].count("===== prompt") == 4
+    assert "===== continuation\nTWO" in result.texts["samples.txt"]
+    assert evaluate(Parrot(tokenizer, ["x"]), tokenizer, "no functions here " * 20, tmp_path).metrics == {}
+
+
+def test_greedy_with_a_cache_is_greedy_without(seed, tokenizer, tmp_path):
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(**sizes, vocab_size=len(tokenizer), max_position_embeddings=64)
+    model = LlamaForCausalLM(config).eval().double()
+    ids = torch.randint(len(tokenizer), (7,)).tolist()
+    expected = list(ids)
+    with torch.no_grad():
+        for _ in range(10):
+            expected.append(int(model(torch.tensor([expected])).logits[0, -1].argmax()))
+    assert greedy(model, ids, 10) == expected[7:]
+    assert 0 <= evaluate(model, tokenizer, SOURCE, tmp_path).metrics["parsable_functions"] <= 1  # within 64 positions
