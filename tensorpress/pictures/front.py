@@ -283,7 +283,7 @@ def _labels(axes: Axes, front: Sequence[Point], texts: Sequence[tuple[str, str]]
 def _place(
     x: float, y: float, width: float, tall: float, taken: Sequence[Box], lines: Sequence[Box], frame: Box
 ) -> Box:
-    """The nearest free place: right of the point or left of it, then further up and down; lines are avoided if cheap."""
+    """The nearest free place: right of the point or left of it, then further up and down; avoids lines if cheap."""
     options: list[tuple[float, Box]] = []
     steps = int((frame[3] - frame[1]) / 2)
     for k in range(steps):

@@ -90,7 +90,8 @@ def quickstart() -> dict[str, Any]:
             "kernel": "cpu int4 (C++)",
         },
         "seconds": 512.4, "overhead_seconds": 6.1,
-        "samples": {"model": "def add(a, b):\n    return a + b", "four_bit[four_bit.bits=4]": "def add(a, b):\n    return a"},
+        "samples": {"model": "def add(a, b):\n    return a + b",
+                    "four_bit[four_bit.bits=4]": "def add(a, b):\n    return a"},
         "versions": {"tensorpress": "0.1.0", "torch": "2.11.0"},
     }  # fmt: skip
 
