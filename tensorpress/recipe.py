@@ -145,15 +145,27 @@ def read(path: str | Path, methods: Mapping[str, type[Method]], measures: Mappin
         raise InputError(f"{path}: no such recipe file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
+    return parse_text(text, methods, measures, overrides, path.parent, str(path))
+
+
+def parse_text(
+    text: str,
+    methods: Mapping[str, type[Method]],
+    measures: Mapping[str, Any],
+    overrides: Any = (),
+    folder: Path = Path("."),
+    name: str = "recipe",
+) -> Recipe:
+    """Check a recipe given as YAML text; paths in it must lie in `folder` or the working folder. See `read`."""
     try:
         data = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader that refuses repeated keys
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f" line {where.line + 1}" if where else ""
-        raise InputError(f"{path}:{line} is not YAML: {getattr(error, 'problem', None) or error}") from None
+        raise InputError(f"{name}:{line} is not YAML: {getattr(error, 'problem', None) or error}") from None
     if not isinstance(data, dict):
-        raise InputError(f"{path}: a recipe is a mapping with name, model, steps; found {_kind(data)}")
-    _refuse_paths_outside(data, path.parent, path.name)
+        raise InputError(f"{name}: a recipe is a mapping with name, model, steps; found {_kind(data)}")
+    _refuse_paths_outside(data, folder, name)
     return parse(data, methods, measures, overrides)
 
 

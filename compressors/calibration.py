@@ -1,0 +1,215 @@
+"""The calibration walk: block by block through a model, each block fed with what the compressed blocks before it give.
+
+The loop over blocks lives here and nowhere else. One block's inputs are in memory at a time, and the walk can be
+checkpointed after each block: a walk that is run again goes on behind the last block that was saved, to the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from tensorpress.compressors.base import LayerReport, Progress, no_progress
+from tensorpress.loading import apply_layers, layers_of
+from tensorpress.structure import Block, Structure
+
+Visit = Callable[[Block, "BlockInputs"], list[LayerReport]]
+
+
+class _Stop(Exception):
+    """Raised by a hook to end a forward pass that has shown what was wanted."""
+
+
+@dataclass
+class BlockInputs:
+    """The inputs of one block over the whole calibration set.
+
+    `hidden`: one tensor [batch, length, width] for each batch; `arguments`: the keyword arguments that the model gives to
+    this block, for each batch size.
+    """
+
+    module: nn.Module
+    hidden: list[torch.Tensor]
+    arguments: dict[int, dict[str, Any]]
+
+    @torch.no_grad()
+    def run(self) -> Iterable[torch.Tensor]:
+        """Run the block over all batches; yields each output [batch, length, width]."""
+        for states in self.hidden:
+            output = self.module(states, **self.arguments[len(states)])
+            yield output[0] if isinstance(output, tuple) else output
+
+    def observe(self, layer: nn.Module, see: Callable[[torch.Tensor], None]) -> None:
+        """Run the block over all batches and hand every input of `layer` to `see` as [tokens, features].
+
+        The block is left as soon as the layer was reached.
+        """
+
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            see(args[0].detach().reshape(-1, args[0].shape[-1]))
+            raise _Stop
+
+        handle = layer.register_forward_pre_hook(hook)
+        try:
+            with torch.no_grad():
+                for states in self.hidden:
+                    try:
+                        self.module(states, **self.arguments[len(states)])
+                    except _Stop:
+                        continue
+        finally:
+            handle.remove()
+
+
+def walk(
+    model: PreTrainedModel,
+    structure: Structure,
+    windows: torch.Tensor,
+    visit: Visit,
+    *,
+    what: str = "blocks",
+    progress: Progress = no_progress,
+    scratch: Path | None = None,
+    batch_tokens: int = 4096,
+    checkpoint_seconds: float = 60.0,
+) -> list[LayerReport]:
+    """Visit every block in order with its inputs; return what the visits report, joined.
+
+    `windows`: int64 [samples, length]. `visit` may change the block in place. With `scratch`, the state after a block is
+    saved when more than `checkpoint_seconds` have passed since the last save.
+    """
+    batches = list(windows.to(model.device).split(max(1, batch_tokens // windows.shape[1])))
+    arguments = _block_arguments(model, structure, batches)
+    checkpoint = _Checkpoint(scratch, checkpoint_seconds)
+    rows, first, hidden = checkpoint.restore(model, structure)
+    if hidden is None:
+        hidden = [_first_hidden(model, structure, batch) for batch in batches]
+    for block in structure.blocks[first:]:
+        progress(what, block.index, len(structure.blocks))
+        inputs = BlockInputs(model.get_submodule(block.path), hidden, arguments[block.index])
+        found = visit(block, inputs)
+        rows += found
+        hidden = list(inputs.run())
+        checkpoint.save(model, block, found, hidden)
+    progress(what, len(structure.blocks), len(structure.blocks))
+    checkpoint.clear()
+    return rows
+
+
+def _forward(model: PreTrainedModel, batch: torch.Tensor, causal: bool) -> None:
+    with torch.no_grad():
+        model(input_ids=batch, **({"use_cache": False} if causal else {}))
+
+
+def _first_hidden(model: PreTrainedModel, structure: Structure, batch: torch.Tensor) -> torch.Tensor:
+    """What the embeddings give to the first block: [batch, length, width]."""
+    seen: list[torch.Tensor] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((args[0] if args else kwargs["hidden_states"]).detach())
+        raise _Stop
+
+    handle = model.get_submodule(structure.blocks[0].path).register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        _forward(model, batch, structure.kind == "causal")
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+def _block_arguments(
+    model: PreTrainedModel, structure: Structure, batches: list[torch.Tensor]
+) -> list[dict[int, dict[str, Any]]]:
+    """The keyword arguments (masks, positions) that each block gets, for each batch size that occurs."""
+    result: list[dict[int, dict[str, Any]]] = [{} for _ in structure.blocks]
+    for batch in {len(batch): batch for batch in batches}.values():
+        handles = []
+        for block in structure.blocks:
+
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], index: int = block.index) -> None:
+                positional = dict(zip(_parameter_names(module)[1 : len(args)], args[1:], strict=False))
+                named = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+                result[index][len(batch)] = {**positional, **named}  # noqa: B023 - hooks are gone before the next batch
+
+            handles.append(model.get_submodule(block.path).register_forward_pre_hook(hook, with_kwargs=True))
+        try:
+            _forward(model, batch, structure.kind == "causal")
+        finally:
+            for handle in handles:
+                handle.remove()
+    return result
+
+
+def _parameter_names(module: nn.Module) -> list[str]:
+    import inspect
+
+    return list(inspect.signature(module.forward).parameters)
+
+
+class _Checkpoint:
+    """State of a walk on disk: for each block its layers' forms, its weights and its rows; behind the last, the hidden states."""
+
+    def __init__(self, folder: Path | None, seconds: float):
+        self.folder, self.seconds, self.last = folder, seconds, time.monotonic()
+        self.unsaved: list[tuple[Block, list[LayerReport]]] = []
+
+    def restore(
+        self, model: PreTrainedModel, structure: Structure
+    ) -> tuple[list[LayerReport], int, list[torch.Tensor] | None]:
+        if self.folder is None or not (self.folder / "walk.json").is_file():
+            return [], 0, None
+        state = json.loads((self.folder / "walk.json").read_text())
+        rows: list[LayerReport] = []
+        for block in structure.blocks[: state["next"]]:
+            saved = json.loads((self.folder / f"block-{block.index:05d}.json").read_text())
+            apply_layers(model, {f"{block.path}.{path}": spec for path, spec in saved["layers"].items()})
+            weights = load_file(self.folder / f"block-{block.index:05d}.safetensors")
+            model.get_submodule(block.path).load_state_dict(weights, assign=True)
+            rows += [LayerReport(**row) for row in saved["rows"]]
+        hidden = load_file(self.folder / state["hidden"])
+        return rows, state["next"], [hidden[f"{i:05d}"] for i in range(len(hidden))]
+
+    def save(self, model: PreTrainedModel, block: Block, rows: list[LayerReport], hidden: list[torch.Tensor]) -> None:
+        if self.folder is None:
+            return
+        self.unsaved.append((block, rows))
+        if time.monotonic() - self.last < self.seconds:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for done, found in self.unsaved:
+            module = model.get_submodule(done.path)
+            state = {name: tensor.detach().clone().contiguous() for name, tensor in module.state_dict().items()}
+            save_file(state, self.folder / f"block-{done.index:05d}.safetensors")
+            _write_json(
+                self.folder / f"block-{done.index:05d}.json",
+                {"layers": layers_of(module), "rows": [vars(row) for row in found]},
+            )
+        name = f"hidden-{block.index:05d}.safetensors"
+        save_file({f"{i:05d}": states.contiguous() for i, states in enumerate(hidden)}, self.folder / name)
+        _write_json(self.folder / "walk.json", {"next": block.index + 1, "hidden": name})
+        for old in self.folder.glob("hidden-*.safetensors"):
+            if old.name != name:
+                old.unlink()
+        self.unsaved, self.last = [], time.monotonic()
+
+    def clear(self) -> None:
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value))
+    part.replace(path)

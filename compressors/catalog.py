@@ -1,0 +1,11 @@
+"""All methods by the names that recipes use."""
+
+from __future__ import annotations
+
+from tensorpress.compressors.base import Compressor
+from tensorpress.compressors.decompose.mpo import MPO
+from tensorpress.compressors.prune.finercut import FinerCut
+from tensorpress.compressors.quantize.gptq import GPTQ
+from tensorpress.compressors.recover.distill import Distill
+
+METHODS: dict[str, type[Compressor]] = {"mpo": MPO, "finercut": FinerCut, "distill": Distill, "gptq": GPTQ}

@@ -1,0 +1,164 @@
+"""Task: measure one artifact (or the original); what was measured before on the same bytes is remembered."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from transformers import PreTrainedModel
+
+import tensorpress.evaluators.base as evaluators_base
+from tensorpress import digest
+from tensorpress.artifact import Store
+from tensorpress.evaluators.base import EvaluationData, Subject
+from tensorpress.evaluators.catalog import MEASURES, relative_metrics
+from tensorpress.loading import load
+from tensorpress.source import read_tokenizer
+from tensorpress.tasks.planning import code_fingerprint, working_dtype
+from tensorpress.tasks.progress import reporter
+from tensorpress.tasks.tracking import Tracker
+from tensorpress.text import read_text, tokenise, windows
+
+
+@task(name="evaluate", task_run_name="evaluate {label}", cache_policy=NO_CACHE, persist_result=False)
+def run_evaluation(
+    label: str,
+    job: dict[str, Any],
+    subject: dict[str, Any],
+    original: dict[str, Any] | None,
+    tracking: dict[str, str],
+) -> dict[str, Any]:
+    """Measure the folder of `subject`; `original` is the result for the original, or None when this is the original.
+
+    Returns {"metrics", "conditions", "texts", "seconds", "cached"}.
+    """
+    tracker = Tracker(tracking)
+    run_id = subject.get("run_id")
+    try:
+        result = measure(job, subject, original, label)
+    except BaseException as error:
+        if run_id:
+            tracker.fail(run_id, error)
+        raise
+    tracker.measured(run_id or tracking["run_id"], result, None if run_id else "original.")
+    return result
+
+
+def measure(job: dict[str, Any], subject: dict[str, Any], original: dict[str, Any] | None, label: str) -> dict[str, Any]:
+    """Apply the measures named in `job["measures"]` to a model folder; see `run_evaluation`."""
+    start = time.monotonic()
+    store = Store(job["store"]).open()
+    session = _Session(job, subject, is_original=original is None, label=label)
+    metrics: dict[str, float] = {}
+    conditions: dict[str, Any] = {}
+    texts: dict[str, str] = {}
+    cached = True
+    for name in job["measures"]:
+        key = _key(name, job, subject)
+        with store.lock(f"evaluation-{key}"):
+            found = store.evaluation(key)
+            if found is None:
+                cached = False
+                measured = MEASURES[name]().evaluate(session.subject, session.data, reporter(label))
+                found = {"metrics": measured.metrics, "conditions": measured.conditions, "texts": measured.texts}
+                store.remember("evaluations", key, found)
+        metrics.update(found["metrics"])
+        conditions.update(found["conditions"])
+        texts.update(found["texts"])
+    if original is not None:
+        metrics.update(relative_metrics(metrics, original["metrics"]))
+    else:
+        metrics.update(relative_metrics(metrics, metrics))
+    return {
+        "metrics": metrics,
+        "conditions": conditions,
+        "texts": texts,
+        "seconds": round(time.monotonic() - start, 3),
+        "cached": cached,
+    }
+
+
+def evaluation_data(job: dict[str, Any], tokenizer: Any) -> EvaluationData:
+    """Read and cut the texts of a job's evaluation settings."""
+    spec = job["evaluation"]
+    text = read_text(spec["source"], spec["split"], "data.evaluation.source")
+    ids = tokenise(text, tokenizer)
+    rows = windows(ids, spec["length"], spec["samples"], "data.evaluation")
+    data = EvaluationData(rows, _bytes(rows, tokenizer), tokenizer, text.name, demo=job["demo"])
+    if spec["other"]:
+        other = read_text(spec["other"], "other", "data.evaluation.other")
+        count = max(1, spec["samples"] // 4)
+        data.other_windows = windows(tokenise(other, tokenizer), spec["length"], count, "data.evaluation.other")
+        data.other_bytes, data.other_name = _bytes(data.other_windows, tokenizer), other.name
+    if spec["pairs"]:
+        data.pairs = Path(spec["pairs"]).expanduser()
+    return data
+
+
+class _Session:
+    """The model under test and its data, loaded when the first measure that was not remembered asks for them."""
+
+    def __init__(self, job: dict[str, Any], subject: dict[str, Any], is_original: bool, label: str):
+        self.job, self.folder, self.is_original = job, Path(subject["path"]), is_original
+        self._subject: Subject | None = None
+        self._data: EvaluationData | None = None
+
+    @property
+    def subject(self) -> Subject:
+        if self._subject is None:
+            model = load(self.folder, dtype=working_dtype(self.job["dtype"]), kernels=self.job.get("kernels", "auto"))
+            root = Path(self.job["root"]["path"])
+            self._subject = Subject(model, self._original(model), self.folder, root, self.is_original)
+        return self._subject
+
+    @property
+    def data(self) -> EvaluationData:
+        if self._data is None:
+            self._data = evaluation_data(self.job, read_tokenizer(self.folder))
+        return self._data
+
+    def _original(self, model: PreTrainedModel) -> Callable[[], PreTrainedModel]:
+        if self.is_original:
+            return lambda: model
+        return lru_cache(maxsize=1)(lambda: load(self.job["root"]["path"], dtype=working_dtype(self.job["dtype"])))
+
+
+def _bytes(rows: torch.Tensor, tokenizer: Any) -> int:
+    """UTF-8 bytes of the text that windows of ids decode to."""
+    return len(tokenizer.decode(rows.flatten().tolist(), clean_up_tokenization_spaces=False).encode())
+
+
+def _key(name: str, job: dict[str, Any], subject: dict[str, Any]) -> str:
+    spec = job["evaluation"]
+    texts = {}
+    if name in ("perplexity", "fidelity", "generation"):
+        texts["text"] = read_text(spec["source"], spec["split"], "data.evaluation.source").digest
+        if spec["other"]:
+            texts["other"] = read_text(spec["other"], "other", "data.evaluation.other").digest
+    if name == "sts":
+        texts["pairs"] = digest.of_file(Path(spec["pairs"]).expanduser())
+    machine = [platform.node(), platform.processor(), torch.get_num_threads(), job.get("kernels")] if MEASURES[name].timed else None
+    folder = Path(evaluators_base.__file__).parent
+    kernels = code_fingerprint("gptq") if MEASURES[name].timed else None
+    return digest.of_json(
+        {
+            "measure": name,
+            "subject": subject["digest"],
+            "root": job["root"]["digest"],
+            "data": [texts, spec["samples"], spec["length"], job["demo"]],
+            "dtype": job["dtype"],
+            "machine": machine,
+            "kernels": kernels,
+            "code": digest.of_code(folder / f"{name}.py", folder / "base.py"),
+        }
+    )[:32]
+
+
+__all__ = ["evaluation_data", "measure", "run_evaluation"]

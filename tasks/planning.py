@@ -1,0 +1,257 @@
+"""The plan of a recipe: what has to be done, under which digest, and what is there already. Runs nothing, writes nothing."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from transformers import PretrainedConfig
+
+import tensorpress
+from tensorpress import digest
+from tensorpress.artifact import Store
+from tensorpress.checks import check_folder, read_config, weight_files
+from tensorpress.compressors.base import Compressor
+from tensorpress.compressors.catalog import METHODS
+from tensorpress.errors import InputError
+from tensorpress.evaluators.catalog import MEASURES, applicable
+from tensorpress.recipe import ROOT, Node, Recipe
+from tensorpress.source import ModelHandle, check_source, read_tokenizer, resolve
+from tensorpress.structure import Kind
+from tensorpress.text import Text, random_windows, read_text, tokenise, windows
+
+VALIDATION_SHARE = 0.1
+"""Share of the calibration text, at its end, that is kept for guards and never trained on."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One step on one branch, self-contained and JSON-able: what is handed to a task, here or on another machine."""
+
+    node: str
+    step: str
+    branch: str
+    parent: str
+    use: str
+    config: dict[str, Any]
+    digest: str
+    parent_digest: str
+    root: dict[str, str]
+    calibration: dict[str, Any]
+    seed: int
+    dtype: str
+    store: str
+    chain: list[dict[str, Any]] = field(default_factory=list)
+    recipe_yaml: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def method(self) -> Compressor:
+        return METHODS[self.use].model_validate(self.config)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe, checked against its model and its texts."""
+
+    recipe: Recipe
+    store: Store
+    root: ModelHandle
+    kind: Kind
+    jobs: dict[str, Job]
+    cached: dict[str, bool]
+    leaves: tuple[str, ...]
+
+    @property
+    def evaluated(self) -> tuple[str, ...]:
+        """Nodes whose artifacts are measured; the original is measured always."""
+        return tuple(self.jobs) if self.recipe.evaluate.at == "steps" else self.leaves
+
+
+def make_plan(recipe: Recipe, store: Store, recipe_yaml: str = "") -> Plan:
+    """Check a recipe's model and texts and name every artifact that it makes. Raises InputError; nothing is written."""
+    _check_store(store)
+    folder = resolve(recipe.model.source, recipe.model.revision)
+    config = check_folder(folder)
+    kind = config_kind(config)
+    _check_measures(recipe, kind)
+    root = known_source(folder, store)
+    _check_texts(recipe, folder)
+    data = calibration_key(recipe)
+    jobs: dict[str, Job] = {}
+    for node in recipe.nodes:
+        parent = jobs.get(node.parent)
+        jobs[node.id] = _job(recipe, node, parent, root, data, store, recipe_yaml)
+    cached = {name: store.artifact(job.digest) is not None for name, job in jobs.items()}
+    if not all(cached.values()):
+        _check_methods(recipe, folder, kind)
+    return Plan(recipe, store, root, kind, jobs, cached, tuple(node.id for node in recipe.leaves))
+
+
+def config_kind(config: PretrainedConfig) -> Kind:
+    """`causal` or `encoder`, from the architecture that a config names."""
+    name = (config.architectures or [""])[0]
+    return "causal" if name.endswith(("ForCausalLM", "LMHeadModel")) else "encoder"
+
+
+def known_source(folder: Path, store: Store) -> ModelHandle:
+    """Check and name a model folder; remembered by path, length and time of its files, since large models take minutes."""
+    files = [*weight_files(folder), folder / "config.json"]
+    seen = digest.of_json([[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files])
+    place = store.root / "sources" / f"{seen}.json"
+    if place.is_file():
+        return ModelHandle(str(folder.resolve()), place.read_text(encoding="utf-8").strip())
+    handle = check_source(folder)
+    if place.parent.is_dir():
+        place.write_text(handle.digest, encoding="utf-8")
+    return handle
+
+
+def code_fingerprint(use: str) -> str:
+    """Digest of the code that a method's result depends on: its own file, what it shares with others, and library versions."""
+    package = Path(tensorpress.__file__).parent
+    method = Path(_source_file(METHODS[use]))
+    shared = [_source_folder("tensorpress.compressors"), _source_folder("tensorpress.kernels")]
+    files = [package / name for name in ("structure.py", "loading.py", "artifact.py", "text.py")]
+    versions = [".".join(version.split(".")[:2]) for version in (torch.__version__, transformers.__version__)]
+    return digest.of_json([digest.of_code(method, *shared, *files), versions])
+
+
+def calibration_key(recipe: Recipe) -> dict[str, Any]:
+    """What the calibration data depend on."""
+    spec = recipe.data.calibration
+    text = read_text(spec.source, spec.split, "data.calibration.source")
+    source = spec.source if spec.source == "demo" else str(Path(spec.source).expanduser().resolve())
+    return {"source": source, "split": spec.split, "samples": spec.samples, "length": spec.length, "text": text.digest}
+
+
+def calibration_windows(key: dict[str, Any], tokenizer: Any, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(windows, validation windows, training stream) of a calibration key; the validation text is in neither of the others."""
+    where = "data.calibration"
+    ids = tokenise(read_text(key["source"], key["split"], where), tokenizer)
+    cut = len(ids) - max(key["length"], int(len(ids) * VALIDATION_SHARE))
+    if cut < key["length"]:
+        raise InputError(f"{where}: the text has {len(ids)} tokens, fewer than two windows of {key['length']}")
+    stream = ids[:cut]
+    chosen = random_windows(stream, key["length"], key["samples"], seed, where)
+    return chosen, windows(ids[cut:], key["length"], 32, where), stream
+
+
+def _job(
+    recipe: Recipe, node: Node, parent: Job | None, root: ModelHandle, data: dict[str, Any], store: Store, text: str
+) -> Job:
+    method = node.method
+    assert isinstance(method, Compressor)
+    config = method.model_dump(mode="json")
+    parent_digest = parent.digest if parent else root.digest
+    made_of = {
+        "parent": parent_digest,
+        "root": root.digest,
+        "config": config,
+        "code": code_fingerprint(method.use),
+        "data": {k: v for k, v in data.items() if k != "source"} if method.needs_calibration else None,
+        "seed": recipe.seed,
+        "dtype": recipe.model.dtype,
+    }
+    name = digest.of_json(made_of)[:32]
+    chain = [*(parent.chain if parent else []), {"step": node.step, "use": method.use, "config": config, "digest": name}]
+    handle = {"path": root.path, "digest": root.digest}
+    return Job(
+        node.id, node.step, node.branch, node.parent, method.use, config, name, parent_digest, handle, data, recipe.seed,
+        recipe.model.dtype, str(store.root), chain, text,
+    )  # fmt: skip
+
+
+def _check_store(store: Store) -> None:
+    place = store.root
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise InputError(f"store: {store.root} cannot be written: {place} is {'read-only' if place.is_dir() else 'a file'}")
+
+
+def _check_measures(recipe: Recipe, kind: Kind) -> None:
+    for name in recipe.evaluate.use:
+        if not applicable(name, kind):
+            usable = ", ".join(n for n in MEASURES if applicable(n, kind))
+            raise InputError(f"evaluate: {name} cannot measure a model of kind {kind}; usable: {usable}")
+    if "sts" in recipe.evaluate.use and recipe.data.evaluation.pairs is None:
+        raise InputError("data.evaluation.pairs: is missing; sts needs a CSV of sentence pairs")
+
+
+def _check_texts(recipe: Recipe, folder: Path) -> None:
+    calibration, evaluation = recipe.data.calibration, recipe.data.evaluation
+    first = read_text(calibration.source, calibration.split, "data.calibration.source")
+    texts: list[tuple[str, Text]] = []
+    if {"perplexity", "fidelity", "generation"} & set(recipe.evaluate.use):
+        texts.append(("evaluation.source", read_text(evaluation.source, evaluation.split, "data.evaluation.source")))
+    if evaluation.other is not None:
+        texts.append(("evaluation.other", read_text(evaluation.other, "other", "data.evaluation.other")))
+    for where, text in texts:
+        if text.digest == first.digest:
+            raise InputError(f"data.{where}: is the calibration text; quality must be measured on text that calibration never saw")
+    if evaluation.pairs is not None and not Path(evaluation.pairs).expanduser().is_file():
+        raise InputError(f"data.evaluation.pairs: no such file: {evaluation.pairs}")
+    tokenizer = read_tokenizer(folder)
+    short = Text(first.name, first.content[:400_000])
+    if len(tokenise(short, tokenizer)) < 2 * calibration.length:
+        raise InputError(f"data.calibration: the text has fewer than two windows of {calibration.length} tokens")
+    for where, text in texts:
+        windows(tokenise(Text(text.name, text.content[:400_000]), tokenizer), evaluation.length, 1, f"data.{where}")
+
+
+def _check_methods(recipe: Recipe, folder: Path, kind: Kind) -> None:
+    """Let every method refuse the model before any of them works."""
+    from tensorpress.loading import load
+    from tensorpress.structure import find_structure
+
+    for node in recipe.nodes:
+        kinds = getattr(type(node.method), "kinds", ())
+        if kind not in kinds:
+            raise InputError(f"steps.{node.step}: {node.method.use} needs a model of kind {' or '.join(kinds)}; this one is {kind}")
+    model = load(folder)
+    structure = find_structure(model)
+    for node in recipe.nodes:
+        assert isinstance(node.method, Compressor)
+        try:
+            node.method.check(model, structure)
+        except InputError as error:
+            raise InputError(*(f"steps.{node.step}.{problem}" for problem in error.problems)) from None
+
+
+def _source_file(thing: Any) -> str:
+    import inspect
+
+    return inspect.getfile(thing)
+
+
+def _source_folder(package: str) -> Path:
+    import importlib.util
+
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.submodule_search_locations
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+Dtype = Literal["float32", "bfloat16", "stored"]
+
+
+def working_dtype(name: str) -> Any:
+    """The dtype that a model is opened in."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "stored": "auto"}[name]
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The precision that artifacts are written in: the one that the original has."""
+    config = read_config(folder)
+    value = getattr(config, "dtype", None)
+    return value if isinstance(value, torch.dtype) else getattr(torch, str(value or "float32").removeprefix("torch."))
+
+
+__all__ = ["ROOT", "Job", "Plan", "calibration_windows", "make_plan"]

@@ -1,0 +1,136 @@
+"""Task: one step on one branch; takes a handle to the parent's folder, returns a handle to the artifact."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.states import Completed
+from transformers import PreTrainedModel
+
+from tensorpress.artifact import Artifact, Store, Writer
+from tensorpress.compressors.base import Calibration, Report
+from tensorpress.errors import InputError, StepError
+from tensorpress.loading import load
+from tensorpress.pictures.card import render_card
+from tensorpress.source import read_tokenizer
+from tensorpress.structure import find_structure
+from tensorpress.tasks.planning import Job, calibration_windows, stored_dtype, working_dtype
+from tensorpress.tasks.progress import reporter
+from tensorpress.tasks.tracking import Tracker
+
+
+@task(name="step", task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
+def run_step(label: str, job: dict[str, Any], parent: dict[str, Any], tracking: dict[str, str]) -> Any:
+    """Make the artifact of a job, or find it in the store; its MLflow run is a child of the flow's.
+
+    Returns {"node", "path", "digest", "cached", "seconds", "report", "run_id"}. The store is the cache: an artifact is taken
+    only when its bytes on disk are those that were written.
+    """
+    work = Job(**job)
+    tracker = Tracker(tracking)
+    run_id = tracker.start_step(work)
+    try:
+        result = make_artifact(work, Path(parent["path"]))
+    except BaseException as error:
+        tracker.fail(run_id, error)
+        raise
+    tracker.step_done(run_id, work, result)
+    result["run_id"] = run_id
+    return Completed(name="Cached", message="found in the store", data=result) if result["cached"] else result
+
+
+def make_artifact(job: Job, parent: Path) -> dict[str, Any]:
+    """Make (or find) the artifact of `job` from the model folder `parent`; nobody else makes the same one meanwhile.
+
+    Raises StepError when the step fails or its folder does not give the model's own outputs.
+    """
+    store = Store(job.store).open()
+    with store.lock(job.digest):
+        artifact = store.artifact(job.digest)
+        if artifact is not None:
+            return _result(job, artifact, cached=True)
+        with Writer(store, job.digest) as writer:
+            return _result(job, _work(job, parent, store, writer), cached=False)
+
+
+def _work(job: Job, parent: Path, store: Store, writer: Writer) -> Artifact:
+    start = time.monotonic()
+    torch.manual_seed(job.seed)
+    method = job.method
+    model = load(parent, dtype=working_dtype(job.dtype))
+    try:
+        method.check(model, find_structure(model))
+        calibration = _calibration(job, parent, store)
+        model, report = method.compress(model, calibration)
+    except InputError as error:
+        raise StepError(f"{job.node}: {error}") from error
+    seconds = time.monotonic() - start
+    original = Path(job.root["path"])
+    record = {
+        "parent": job.parent_digest,
+        "root": job.root["digest"],
+        "base": original.name,
+        "chain": _timed_chain(job, parent, seconds),
+        "seed": job.seed,
+        "seconds": round(seconds, 3),
+        "report": report.to_dict(),
+        "recipe": job.recipe_yaml,
+    }
+    card = render_card(
+        {
+            "title": f"{original.name}, {job.step}",
+            "base": original.name,
+            "chain": record["chain"],
+            "metrics": {},
+            "recipe_yaml": job.recipe_yaml,
+            "how_to_load": "tensorpress",
+            "licence": None,
+        }
+    )
+    return writer.write(model.eval(), parent, stored_dtype(original), record, card)
+
+
+def _calibration(job: Job, parent: Path, store: Store) -> Calibration:
+    windows, validation, stream = calibration_windows(job.calibration, read_tokenizer(parent), job.seed)
+    return Calibration(
+        windows, validation, stream, job.seed, _original(job), reporter(job.node), store.scratch(job.digest)
+    )
+
+
+def _original(job: Job) -> Callable[[], PreTrainedModel]:
+    kept: list[PreTrainedModel] = []
+
+    def original() -> PreTrainedModel:
+        if not kept:
+            kept.append(load(job.root["path"], dtype=working_dtype(job.dtype)))
+        return kept[0]
+
+    return original
+
+
+def _timed_chain(job: Job, parent: Path, seconds: float) -> list[dict[str, Any]]:
+    """The chain of steps; the seconds of earlier steps come from the parent's record."""
+    earlier = Artifact(parent).record["chain"] if len(job.chain) > 1 else []
+    known = {link["digest"]: link.get("seconds") for link in earlier}
+    chain = [{**link, "seconds": known.get(link["digest"])} for link in job.chain]
+    chain[-1]["seconds"] = round(seconds, 3)
+    return chain
+
+
+def _result(job: Job, artifact: Artifact, cached: bool) -> dict[str, Any]:
+    record = artifact.record
+    report: dict[str, Any] = record.get("report") or Report().to_dict()
+    return {
+        "node": job.node,
+        "path": str(artifact.folder),
+        "digest": job.digest,
+        "cached": cached,
+        "seconds": record["seconds"],
+        "report": report,
+    }

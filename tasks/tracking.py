@@ -1,0 +1,210 @@
+"""All that knows MLflow: parent run = flow run, child run = step, the same metric names everywhere.
+
+Everything goes through `MlflowClient` with explicit run ids; weights are recorded by reference, never copied.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("DO_NOT_TRACK", "true")
+
+from filelock import FileLock
+from matplotlib.figure import Figure
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+
+from tensorpress.errors import InputError
+from tensorpress.tasks.planning import Job, Plan
+
+LONGEST = 5000
+"""Characters of a tag's value that are kept."""
+
+
+def tracking_uri(store: Path) -> str:
+    """The address of the store's own database, absolute; `MLFLOW_TRACKING_URI` overrides it."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store.absolute() / 'mlflow.db'}"
+
+
+def open_client(store: Path) -> MlflowClient:
+    """A client of the store's database, which is made first, under a lock, where it does not exist."""
+    os.environ.pop("MLFLOW_RUN_ID", None)
+    uri = tracking_uri(store)
+    if not uri.startswith("sqlite:"):
+        return MlflowClient(uri)
+    store.mkdir(parents=True, exist_ok=True)
+    with FileLock(store / "mlflow.lock"):
+        client = MlflowClient(uri)
+        client.search_experiments(max_results=1)
+    return client
+
+
+class Tracker:
+    """Writes to one flow run's MLflow run and its children. `tracking` is a handle: store, experiment_id, run_id."""
+
+    def __init__(self, tracking: Mapping[str, str]):
+        self.handle = dict(tracking)
+        self.client = _client(Path(tracking["store"]))
+
+    @classmethod
+    def start(cls, plan: Plan, flow_run_id: str, recipe_yaml: str) -> Tracker:
+        """Open the parent run before anything works, with the recipe and what it will do."""
+        store = plan.store.root
+        client = _client(store)
+        name = f"{Path(plan.root.path).name or 'model'} on {Path(plan.recipe.data.evaluation.source).name}"
+        experiment = _experiment(client, name, store)
+        tags = {
+            "tensorpress.recipe": plan.recipe.name,
+            "tensorpress.flow_run_id": flow_run_id,
+            "tensorpress.model": plan.recipe.model.source,
+            "tensorpress.model_digest": plan.root.digest,
+            "tensorpress.host": platform.node(),
+            "tensorpress.pid": str(os.getpid()),
+            "mlflow.source.type": "JOB",
+            "mlflow.source.name": "tensorpress run",
+        }
+        run = client.create_run(experiment, tags=tags, run_name=plan.recipe.name)
+        tracker = cls({"store": str(store), "experiment_id": experiment, "run_id": run.info.run_id})
+        client.log_text(run.info.run_id, recipe_yaml, "recipe.yaml")
+        return tracker
+
+    def start_step(self, job: Job) -> str:
+        """Open the child run of a step; its parameters are what the recipe says of it."""
+        tags = {
+            "mlflow.parentRunId": self.handle["run_id"],
+            "tensorpress.node": job.node,
+            "tensorpress.digest": job.digest,
+            "tensorpress.parent_digest": job.parent_digest,
+            "tensorpress.parent_node": job.parent,
+        }
+        run = self.client.create_run(self.handle["experiment_id"], tags=tags, run_name=job.node)
+        params = {"step": job.step, "method": job.use, "branch": job.branch or "-"}
+        params |= {f"{job.use}.{key}": _short(value) for key, value in job.config.items() if key != "use" and value is not None}
+        self.client.log_batch(run.info.run_id, params=[Param(k, str(v)) for k, v in params.items()])
+        return str(run.info.run_id)
+
+    def step_done(self, run_id: str, job: Job, result: dict[str, Any]) -> None:
+        """Record the artifact of a step by reference, its report, and its time."""
+        self._metrics(run_id, {"step_seconds": result["seconds"]})
+        summary = {k: v for k, v in result["report"]["summary"].items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+        self._metrics(run_id, {f"{job.use}.{k}": v for k, v in summary.items()})
+        self._tags(run_id, {"tensorpress.path": result["path"], "tensorpress.cached": result["cached"]})
+        self.client.log_text(run_id, json.dumps(result["report"], indent=1), "report.json")
+        model = self.client.create_logged_model(
+            self.handle["experiment_id"],
+            name=f"{job.step}-{job.digest[:8]}",
+            source_run_id=run_id,
+            tags={"path": result["path"], "digest": job.digest, "parent": job.parent_digest, "weights": "by reference"},
+            params={"method": job.use},
+            model_type="tensorpress",
+        )
+        self.client.finalize_logged_model(model.model_id, "READY")
+        self._tags(run_id, {"tensorpress.model_id": model.model_id})
+
+    def measured(self, run_id: str, result: dict[str, Any], prefix: str | None) -> None:
+        """Record metrics of an artifact (on its step's run) or of the original (on the parent, with a prefix)."""
+        self._metrics(run_id, {f"{prefix or ''}{name}": value for name, value in result["metrics"].items()})
+        for name, text in result["texts"].items():
+            self.client.log_text(run_id, text, name)
+        self.client.log_text(run_id, json.dumps(result["conditions"], indent=1, default=str), "conditions.json")
+        if prefix is None:
+            model_id = self.client.get_run(run_id).data.tags.get("tensorpress.model_id")
+            if model_id:
+                for name, value in result["metrics"].items():
+                    self.client.log_metric(run_id, name, value, model_id=model_id)
+
+    def close_step(self, run_id: str) -> None:
+        self.client.set_terminated(run_id, "FINISHED")
+
+    def fail(self, run_id: str, error: BaseException) -> None:
+        """Keep a failed run, with its error."""
+        self._tags(run_id, {"tensorpress.error": f"{type(error).__name__}: {error}"})
+        self.client.set_terminated(run_id, "KILLED" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "FAILED")
+
+    def figure(self, figure: Figure, name: str, run_id: str | None = None) -> None:
+        """Save a picture under the same path in every run."""
+        self._file(run_id or self.handle["run_id"], name, lambda path: figure.savefig(path, dpi=150, bbox_inches="tight"))
+
+    def text(self, text: str, name: str, run_id: str | None = None) -> None:
+        self.client.log_text(run_id or self.handle["run_id"], text, name)
+
+    def finish(self, verdict: str, metrics: dict[str, float]) -> None:
+        """Close the parent run; it failed when a step failed."""
+        self._metrics(self.handle["run_id"], metrics)
+        self._tags(self.handle["run_id"], {"tensorpress.verdict": verdict})
+        self.client.set_terminated(self.handle["run_id"], "FAILED" if verdict == "FAILED" else "FINISHED")
+
+    def _metrics(self, run_id: str, metrics: Mapping[str, float]) -> None:
+        now = int(time.time() * 1000)
+        self.client.log_batch(run_id, metrics=[Metric(k, float(v), now, 0) for k, v in metrics.items() if v is not None])
+
+    def _tags(self, run_id: str, tags: Mapping[str, Any]) -> None:
+        self.client.log_batch(run_id, tags=[RunTag(k, str(v)[:LONGEST]) for k, v in tags.items()])
+
+    def _file(self, run_id: str, name: str, write: Any) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / Path(name).name
+            write(path)
+            parent = str(Path(name).parent)
+            self.client.log_artifact(run_id, str(path), None if parent == "." else parent)
+
+
+def read_run(store: Path, run_id: str) -> dict[str, Any]:
+    """The run document of a parent run. Raises InputError when there is no such run or it has none."""
+    client = open_client(store)
+    run = find_run(client, run_id)
+    path = run.data.tags.get("mlflow.parentRunId")
+    run_id = path or run.info.run_id
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            return json.loads(Path(client.download_artifacts(run_id, "run.json", folder)).read_text(encoding="utf-8"))
+    except (MlflowException, OSError):
+        raise InputError(f"run {run_id}: left no run.json; did it end?") from None
+
+
+def find_run(client: MlflowClient, name: str) -> Any:
+    """A run by its id, the beginning of its id, a flow run's id, or `latest`. Raises InputError."""
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    parents = client.search_runs(experiments, "tags.tensorpress.recipe != ''", order_by=["attributes.start_time DESC"], max_results=500)
+    if name == "latest" and parents:
+        return parents[0]
+    matches = [run for run in parents if len(name) >= 4 and name in (run.info.run_id[: len(name)], run.data.tags.get("tensorpress.flow_run_id"))]
+    if len(matches) == 1:
+        return matches[0]
+    try:
+        return client.get_run(name)
+    except MlflowException:
+        recent = ", ".join(run.info.run_id[:8] for run in parents[:5]) or "none"
+        raise InputError(f"run {name}: no such run; `latest` or one of the last: {recent}") from None
+
+
+_clients: dict[Path, MlflowClient] = {}
+
+
+def _client(store: Path) -> MlflowClient:
+    if store not in _clients:
+        _clients[store] = open_client(store)
+    return _clients[store]
+
+
+def _experiment(client: MlflowClient, name: str, store: Path) -> str:
+    with FileLock(store / "mlflow.lock"):
+        found = client.get_experiment_by_name(name)
+        if found is not None:
+            return str(found.experiment_id)
+        location = (store.absolute() / "artifacts").as_uri()
+        local = tracking_uri(store).startswith("sqlite:")
+        return str(client.create_experiment(name, artifact_location=location if local else None))
+
+
+def _short(value: Any) -> Any:
+    return ", ".join(str(v) for v in value) if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,281 @@
+"""Artifacts: model folders named by the digest of what made them, whole under their final name or not there at all.
+
+Store layout: `models/<digest>/` the artifacts, `evaluations/<digest>.json` what was measured, `locks/`, `scratch/<digest>/`
+checkpoints of long steps, and beside them MLflow's database and artifacts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from tensorpress import digest
+from tensorpress.errors import InputError, StepError
+from tensorpress.kernels.quantized_linear import QuantizedLinear
+from tensorpress.loading import FORMAT_VERSION, REPLACED, TensorpressConfig, layers_of
+from tensorpress.structure import DENSE, find_structure
+
+RECORD = "tensorpress.json"
+SHARD = "4GB"
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+"""Largest difference of logits between the model in memory and the folder opened in a fresh process, relative to the largest logit
+(at least 1)."""
+CARRIED = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "added_tokens.json", "chat_template*", "*.model")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A model folder that tensorpress wrote."""
+
+    folder: Path
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Contents of tensorpress.json: format version, digest, chain of steps, report, files."""
+        return json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
+
+    @property
+    def digest(self) -> str:
+        return str(self.record["digest"])
+
+    def problem(self) -> str | None:
+        """What is wrong with the files on disk against the record; None for a whole artifact."""
+        try:
+            files = self.record["files"]
+        except (OSError, ValueError, KeyError):
+            return f"{RECORD} is missing or cannot be read"
+        for name, wanted in files.items():
+            path = self.folder / name
+            if not path.is_file() or path.stat().st_size != wanted["bytes"]:
+                return f"{name} is missing or has another length"
+            if digest.of_file(path) != wanted["sha256"]:
+                return f"{name} has other bytes than were written"
+        return None
+
+
+class Store:
+    """The folder that holds artifacts and measurements (`mlruns` by default)."""
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root).expanduser().absolute()
+
+    def open(self) -> Store:
+        """Create the folders. Raises InputError when the place cannot be written."""
+        try:
+            for name in ("models", "evaluations", "locks", "scratch", "sources"):
+                (self.root / name).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.root):
+                pass
+        except OSError as error:
+            raise InputError(f"store: {self.root} cannot be written: {error.strerror or error}") from None
+        return self
+
+    def folder(self, name: str) -> Path:
+        return self.root / "models" / name
+
+    def scratch(self, name: str) -> Path:
+        return self.root / "scratch" / name
+
+    @contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """Hold the lock of one digest; it goes with the process that holds it, however that ends."""
+        with FileLock(self.root / "locks" / f"{name}.lock"):
+            yield
+
+    def artifact(self, name: str) -> Artifact | None:
+        """The artifact of a digest if it is there and whole."""
+        artifact = Artifact(self.folder(name))
+        if not artifact.folder.is_dir():
+            return None
+        return None if artifact.problem() else artifact
+
+    def evaluation(self, name: str) -> dict[str, Any] | None:
+        """A remembered measurement, or None."""
+        try:
+            return json.loads((self.root / "evaluations" / f"{name}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def remember(self, kind: str, name: str, value: dict[str, Any]) -> None:
+        """Write `evaluations/<name>.json` or `sources/<name>.json`, whole or not at all."""
+        write_whole(self.root / kind / f"{name}.json", json.dumps(value, indent=1, sort_keys=True))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file under its name only when it is complete."""
+    handle, part = tempfile.mkstemp(dir=path.parent, prefix=".part-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(part).chmod(0o666 & ~_umask())
+        Path(part).replace(path)
+    except BaseException:
+        Path(part).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+class Writer:
+    """Writes one artifact: beside its place, checked in a fresh process, then renamed.
+
+    The fresh process is started at once and loads its libraries while the step is still at work.
+    """
+
+    def __init__(self, store: Store, name: str):
+        self.store, self.name = store, name
+        self.part = store.root / "models" / f".part-{name}"
+        self.checker = subprocess.Popen(
+            [sys.executable, "-m", "tensorpress.fresh"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.checker.kill()
+        self.checker.wait()
+        shutil.rmtree(self.part, ignore_errors=True)
+
+    def write(self, model: PreTrainedModel, parent: Path, stored: torch.dtype, record: dict[str, Any], card: str) -> Artifact:
+        """Write `model` in the precision `stored`, with the tokenizer of the folder `parent`.
+
+        The model in memory is rounded to what is stored. Raises StepError when the folder, opened in a fresh process, does not
+        give the model's own outputs.
+        """
+        shutil.rmtree(self.part, ignore_errors=True)
+        self.part.mkdir(parents=True)
+        save_model(model, self.part, stored)
+        for pattern in CARRIED:
+            for path in parent.glob(pattern):
+                if path.is_file() and not (self.part / path.name).exists():
+                    shutil.copyfile(path, self.part / path.name)
+        (self.part / "README.md").write_text(card, encoding="utf-8")
+        self._check(model)
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": digest.of_file(path)} for path in sorted(self.part.iterdir())
+        }
+        full = {"format_version": FORMAT_VERSION, "digest": self.name, **record, "files": files}
+        (self.part / RECORD).write_text(json.dumps(full, indent=1), encoding="utf-8")
+        for path in self.part.iterdir():
+            _sync(path)
+        final = self.store.folder(self.name)
+        if final.exists():  # damaged: it was not taken as a hit
+            shutil.rmtree(final)
+        self.part.rename(final)
+        _sync(final.parent)
+        return Artifact(final)
+
+    def _check(self, model: PreTrainedModel) -> None:
+        ids = probe_ids(model)
+        with torch.no_grad():
+            output = model(input_ids=ids)[0].float().contiguous()
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        probe = self.part.with_suffix(".probe")
+        save_file({"ids": ids, "output": output}, probe)
+        request = {"folder": str(self.part), "probe": str(probe), "dtype": str(dtype).removeprefix("torch."), "device": str(model.device)}
+        try:
+            answer, _ = self.checker.communicate(json.dumps(request))
+            result = json.loads(answer or "{}")
+        except ValueError:
+            result = {}
+        finally:
+            probe.unlink(missing_ok=True)
+        if "difference" not in result:
+            raise StepError(f"the written folder cannot be opened in a fresh process: {result.get('error', 'it died')}")
+        bound = TOLERANCE[dtype] * max(1.0, float(output.abs().max()))
+        if not result["difference"] <= bound:
+            raise StepError(f"the written folder's outputs differ from the model's by {result['difference']:.3g} (allowed {bound:.3g})")
+
+
+def probe_ids(model: nn.Module) -> torch.Tensor:
+    """Sixteen token ids that the check of an artifact runs on."""
+    size = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+    return torch.randint(0, size, (1, 16), generator=torch.Generator().manual_seed(0)).to(model.device)  # type: ignore[arg-type]
+
+
+def save_model(model: PreTrainedModel, folder: Path, stored: torch.dtype) -> None:
+    """Save a model in the precision `stored`; the model in memory keeps its dtype but is rounded to what was stored.
+
+    A model whose block layers are all GPTQ of one kind is written in the standard GPTQ layout.
+    """
+    worked = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    model.config.dtype = stored
+    layers = layers_of(model)
+    plain = plain_gptq(model) if layers else None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    if plain is not None:
+        model.config.quantization_config = plain
+        (folder / "quantize_config.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+    elif layers:
+        model.config.quantization_config = TensorpressConfig(layers).to_dict()
+    try:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(stored)
+        model.save_pretrained(folder, max_shard_size=SHARD)
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(worked[name])
+
+
+def plain_gptq(model: PreTrainedModel) -> dict[str, Any] | None:
+    """The standard GPTQ `quantization_config` if every linear layer of the blocks is GPTQ of one kind, else None."""
+    replaced = [module for module in model.modules() if isinstance(module, REPLACED)]
+    if not all(isinstance(module, QuantizedLinear) for module in replaced):
+        return None
+    kinds = {(m.bits, m.spec()["group_size"], m.zero_offset) for m in replaced if isinstance(m, QuantizedLinear)}
+    structure = find_structure(model)
+    if len(kinds) != 1 or any(isinstance(model.get_submodule(path), DENSE) for path in structure.linear_paths):
+        return None
+    bits, group_size, zero_offset = kinds.pop()
+    layout = "gptq" if zero_offset else "gptq_v2"
+    block = structure.blocks[0]
+    return {
+        "quant_method": "gptq",
+        "method": "gptq",
+        "bits": bits,
+        "group_size": group_size,
+        "sym": bool(zero_offset),
+        "desc_act": False,
+        "format": layout,
+        "checkpoint_format": layout,
+        "pack_dtype": "int32",
+        "lm_head": False,
+        "true_sequential": True,
+        "damp_percent": 0.01,
+        "modules_in_block_to_quantize": [[p.removeprefix(block.path + ".") for p in group] for group in block.linear_groups],
+        "meta": {"quantizer": ["tensorpress:0.1"]},
+    }
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,102 @@
+"""Where a model comes from: the demo model, a folder, or a hub id; checked whole before anything is done with it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from transformers import AutoTokenizer, PretrainedConfig
+
+from tensorpress import digest
+from tensorpress.checks import check_finite, check_folder, check_tokenizer, weight_files
+from tensorpress.errors import InputError
+from tensorpress.loading import config_of
+from tensorpress.text import demo_folder
+
+HUB_TIMEOUT = 5.0
+"""Seconds that a model hub has to answer at all."""
+NEEDED = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "*.model")
+
+
+@dataclass(frozen=True)
+class ModelHandle:
+    """A checked model folder. What is passed between tasks: never the model itself."""
+
+    path: str
+    digest: str
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.path)
+
+
+def resolve(source: str, revision: str | None = None) -> Path:
+    """The folder of a source: `demo`, a folder, or a hub id (fetched, or taken from the local cache).
+
+    Raises InputError within seconds when it is none of these or no hub answers.
+    """
+    if source == "demo":
+        return demo_folder()
+    path = Path(source).expanduser()
+    if path.exists() or source.startswith(("/", ".", "~")) or source.count("/") != 1:
+        if path.exists():
+            return path
+        raise InputError(f"model.source: no such folder: {source}; a model is `demo`, a folder, or a hub id (owner/name)")
+    return _from_hub(source, revision)
+
+
+def check_source(folder: Path) -> ModelHandle:
+    """Check a model folder whole (config, safetensors, finite weights, tokenizer) and name it by its content.
+
+    Raises InputError with one clear line.
+    """
+    config = check_folder(folder)
+    check_finite(folder)
+    check_tokenizer(read_tokenizer(folder), config, folder)
+    return ModelHandle(str(folder.resolve()), folder_digest(folder))
+
+
+def folder_digest(folder: Path) -> str:
+    """Digest of everything in a model folder that makes the model: weights, config, tokenizer."""
+    files = set(weight_files(folder))
+    for pattern in NEEDED:
+        files.update(path for path in folder.glob(pattern) if path.is_file())
+    return digest.of_files(sorted(files), folder)
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder. Raises InputError when there is none that can be read."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise InputError(f"{folder}: its tokenizer cannot be read: {reason}") from None
+
+
+def is_compressed(config: PretrainedConfig) -> bool:
+    """Whether a model folder is an artifact or quantized already."""
+    return bool(config_of(config))
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=True))
+    except (LocalEntryNotFoundError, FileNotFoundError, ValueError):
+        pass
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        httpx.head(endpoint, timeout=HUB_TIMEOUT, follow_redirects=False)
+    except (httpx.HTTPError, OSError):
+        raise InputError(f"model.source: {name} is not a folder here, and no model hub answers at {endpoint}") from None
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, etag_timeout=HUB_TIMEOUT))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise InputError(f"model.source: {name} cannot be fetched from {endpoint}: {reason}") from None
