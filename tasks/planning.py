@@ -19,6 +19,7 @@ from tensorpress.compressors.base import Compressor
 from tensorpress.compressors.catalog import METHODS
 from tensorpress.errors import InputError
 from tensorpress.evaluators.catalog import MEASURES, applicable
+from tensorpress.kernels import registry
 from tensorpress.recipe import ROOT, Node, Recipe
 from tensorpress.source import ModelHandle, check_source, read_tokenizer, resolve
 from tensorpress.structure import Kind
@@ -92,6 +93,13 @@ def make_plan(recipe: Recipe, store: Store, recipe_yaml: str = "") -> Plan:
     if not all(cached.values()):
         _check_methods(recipe, folder, kind)
     return Plan(recipe, store, root, kind, jobs, cached, tuple(node.id for node in recipe.leaves))
+
+
+def check_kernels(name: str) -> None:
+    """Refuse a backend that no operation knows. Raises InputError."""
+    known = {backend for operation in registry.operations() for backend in registry.backends(operation)}
+    if name != "auto" and name not in known:
+        raise InputError(f"kernels: {name!r} is not known; known: auto, {', '.join(sorted(known))}")
 
 
 def config_kind(config: PretrainedConfig) -> Kind:

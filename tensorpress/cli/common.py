@@ -1,0 +1,90 @@
+"""What all verbs share: consoles, progress bars, and how errors become exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from tensorpress.errors import InputError
+
+console = Console(highlight=False)
+problems = Console(stderr=True, highlight=False)
+
+FAILED, BAD_INPUT, GATE = 1, 2, 3
+
+StoreOption = Annotated[
+    Path, typer.Option("--store", envvar="TENSORPRESS_STORE", help="Folder of artifacts, measurements and the tracking database.")
+]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the result to this file as JSON.")]
+DEFAULT_STORE = Path("mlruns")
+
+
+def say_problem(text: str) -> None:
+    """One line for each problem, on standard error."""
+    for line in text.splitlines():
+        problems.print(f"[bold red]error:[/] {_plain(line)}", soft_wrap=True)
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape("".join(c if c.isprintable() else "?" for c in text))
+
+
+def check_json_target(path: Path | None) -> None:
+    """Refuse, before any work, a --json file that cannot be written. Raises InputError."""
+    if path is None:
+        return
+    parent = path.absolute().parent
+    if path.is_dir():
+        raise InputError(f"--json {path}: is a folder; give a file")
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"--json {path}: its folder {parent} does not exist or cannot be written")
+
+
+def write_json(path: Path | None, value: Any) -> None:
+    """Write a result for machines, whole or not at all."""
+    if path is None:
+        return
+    from tensorpress.artifact import write_whole
+
+    write_whole(path.absolute(), json.dumps(value, indent=1, default=str) + "\n")
+
+
+@contextmanager
+def progress_bars() -> Iterator[None]:
+    """Show what the tasks report: a bar for each node that is at work."""
+    from tensorpress.tasks.progress import set_sink
+
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=problems,
+        transient=True,
+    ) as progress:
+        bars: dict[tuple[str, str], TaskID] = {}
+
+        def show(node: str, what: str, done: int, total: int) -> None:
+            key = (node, what)
+            if key not in bars:
+                for other in bars.values():
+                    progress.update(other, visible=False)
+                bars[key] = progress.add_task(f"{node}: {what}", total=total)
+            progress.update(bars[key], completed=done, total=total, visible=done < total)
+
+        set_sink(show)
+        try:
+            yield
+        finally:
+            set_sink(None)

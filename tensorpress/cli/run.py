@@ -1,0 +1,157 @@
+"""Verbs on recipes: run, plan, validate."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tensorpress.cli.common import (
+    DEFAULT_STORE,
+    FAILED,
+    GATE,
+    JsonOption,
+    StoreOption,
+    check_json_target,
+    console,
+    progress_bars,
+    write_json,
+)
+from tensorpress.errors import InputError
+
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a recipe that comes with tensorpress.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="Change a value, as steps.quantize.bits=3.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the verbs of this file."""
+    app.command("run")(run)
+    app.command("plan")(plan)
+    app.command("validate")(validate)
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a recipe: a path, or the name of one that comes along. Raises InputError."""
+    import importlib.resources
+
+    from tensorpress.errors import nearest
+
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        return path
+    folder = Path(str(importlib.resources.files("tensorpress.recipes")))
+    if (folder / f"{name}.yaml").is_file():
+        return folder / f"{name}.yaml"
+    known = sorted(p.stem for p in folder.glob("*.yaml"))
+    raise InputError(f"{name}: no such recipe file, and no recipe of that name{nearest(name, known)}; known: {', '.join(known)}")
+
+
+def run(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    store: StoreOption = DEFAULT_STORE,
+    kernels: Annotated[str, typer.Option(help="Kernels that figures of speed are measured with: auto, or a backend's name.")] = "auto",
+    json_file: JsonOption = None,
+) -> int:
+    """Run a recipe: every step on every branch, measured, judged and tracked."""
+    from tensorpress.flows.server import prefect_server
+
+    start = time.monotonic()
+    check_json_target(json_file)
+    parameters = _parameters(recipe, overrides, store, kernels)
+    _prepare(parameters)
+    with prefect_server(store.absolute()) as server:
+        from tensorpress.flows.compress import CompressParameters, compress
+        from tensorpress.tasks.tracking import open_client
+
+        open_client(store.absolute())
+        server.wait()
+        with progress_bars():
+            document = compress(CompressParameters(**parameters))
+    document["wall_seconds"] = round(time.monotonic() - start, 3)
+    write_json(json_file, contract(document))
+    _show(document, store)
+    return {"ACCEPT": 0, "REJECT": GATE}.get(document["verdict"], FAILED)
+
+
+def plan(recipe: RecipeArgument, overrides: SetOption = None, store: StoreOption = DEFAULT_STORE, json_file: JsonOption = None) -> None:
+    """Draw a recipe's graph: what is cached, what would be done, and what it needs. Runs nothing."""
+    from tensorpress.pictures.tables import plan_tree
+    from tensorpress.tasks.estimate import estimate
+
+    check_json_target(json_file)
+    made = _prepare(_parameters(recipe, overrides, store, "auto"))
+    expected = estimate(made)
+    console.print(plan_tree(expected["nodes"]))
+    console.print(expected["summary"])
+    write_json(json_file, expected)
+
+
+def validate(recipe: RecipeArgument, overrides: SetOption = None, store: StoreOption = DEFAULT_STORE) -> None:
+    """Check a recipe, its model and its texts; says how many steps and branches it has."""
+    made = _prepare(_parameters(recipe, overrides, store, "auto"))
+    console.print(f"{made.recipe.name}: {len(made.jobs)} steps, {len(made.leaves)} branches, model of kind {made.kind}")
+
+
+def contract(document: dict[str, Any]) -> dict[str, Any]:
+    """The part of a run document that `--json` promises, and the rest behind it."""
+    first = ("flow_run_id", "mlflow_run_id", "verdict", "gates", "original", "artifacts")
+    return {**{key: document[key] for key in first}, **{k: v for k, v in document.items() if k not in first}}
+
+
+def _parameters(recipe: str, overrides: list[str] | None, store: Path, kernels: str) -> dict[str, Any]:
+    path = recipe_path(recipe)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such recipe file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    return {
+        "recipe": text,
+        "folder": str(path.absolute().parent),
+        "overrides": overrides or [],
+        "store": str(store.absolute()),
+        "kernels": kernels,
+    }
+
+
+def _prepare(parameters: dict[str, Any]) -> Any:
+    """Check everything without Prefect or MLflow: bad input is refused in seconds, and nothing is written."""
+    from tensorpress import recipe as recipes
+    from tensorpress.artifact import Store
+    from tensorpress.compressors.catalog import METHODS
+    from tensorpress.evaluators.catalog import MEASURES
+    from tensorpress.tasks.planning import check_kernels, make_plan
+
+    check_kernels(parameters["kernels"])
+    recipe = recipes.parse_text(parameters["recipe"], METHODS, MEASURES, parameters["overrides"], Path(parameters["folder"]))
+    return make_plan(recipe, Store(parameters["store"]), parameters["recipe"])
+
+
+def _show(document: dict[str, Any], store: Path) -> None:
+    from rich.markup import escape
+
+    from tensorpress.pictures.tables import metrics_table
+
+    console.print(metrics_table(document))
+    for artifact in document["artifacts"]:
+        if artifact["error"]:
+            console.print(f"[bold red]failed[/] {escape(artifact['node'])}: {escape(artifact['error'])}")
+    for name, gate in document["gates"].items():
+        bound = ", ".join(f"{side} {gate[side]}" for side in ("min", "max") if gate[side] is not None)
+        mark = "[green]holds[/]" if gate["holds"] else "[bold red]does not hold[/]"
+        worst = "not measured" if gate["worst"] is None else f"worst {gate['worst']:.4g}"
+        console.print(f"gate {name} ({bound}): {mark}, {worst} ({escape(gate['branch'])})")
+    cached = sum(a["cached"] for a in document["artifacts"])
+    colour = {"ACCEPT": "green"}.get(document["verdict"], "red")
+    console.print(
+        f"[bold {colour}]{document['verdict']}[/]  {len(document['artifacts'])} steps ({cached} cached) in "
+        f"{document['wall_seconds']:.1f} s, {document['wall_seconds'] - document['seconds'] + document['overhead_seconds']:.1f} s of it outside steps"
+    )
+    short = document["mlflow_run_id"][:8]
+    console.print(f"report:     tensorpress report {short}")
+    console.print(f"dashboard:  mlflow ui --backend-store-uri sqlite:///{store.absolute() / 'mlflow.db'}")
+    console.print(f"artifacts:  {store.absolute() / 'models'}")
