@@ -1,0 +1,148 @@
+"""Tiny models of every architecture, a tiny tokenizer, and seeds that a failing test shows."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+VOCABULARY = 64
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+DECODER = {**SIZES, "intermediate_size": 48, "max_position_embeddings": 64, "eos_token_id": None, "pad_token_id": 0}
+GROUPED = {**DECODER, "num_key_value_heads": 2}
+WIDE_HEAD = {**GROUPED, "head_dim": 8}
+ENCODER = {**SIZES, "intermediate_size": 48, "max_position_embeddings": 64}
+OPT = {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 64}
+GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "eos_token_id": None}
+SLIDING = {"num_hidden_layers": 4, "sliding_window": 4}
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", GROUPED),
+    "mistral": ("Mistral", {**GROUPED, "sliding_window": 8}),
+    "qwen2": ("Qwen2", GROUPED),
+    "qwen3": ("Qwen3", WIDE_HEAD),
+    "gemma2": ("Gemma2", {**WIDE_HEAD, **SLIDING}),
+    "gemma3": ("Gemma3Text", {**WIDE_HEAD, **SLIDING}),
+    "phi": ("Phi", DECODER),
+    "phi3": ("Phi3", GROUPED),
+    "gpt2": ("GPT2", GPT2),
+    "gpt_neox": ("GPTNeoX", DECODER),
+    "gpt_neox_sequential": ("GPTNeoX", {**DECODER, "use_parallel_residual": False}),
+    "opt": ("OPT", OPT),
+    "opt_post": ("OPT", {**OPT, "do_layer_norm_before": False}),
+    "bert": ("Bert", ENCODER),
+    "distilbert": (
+        "DistilBert",
+        {"vocab_size": VOCABULARY, "dim": 32, "hidden_dim": 48, "n_layers": 3, "n_heads": 4},
+    ),
+    "roberta": ("Roberta", ENCODER),
+}
+ENCODERS = ("bert", "distilbert", "roberta")
+
+
+@pytest.fixture
+def seed() -> int:
+    """A fresh seed for every test; pytest shows it when the test fails."""
+    value = int.from_bytes(os.urandom(4), "little") >> 1
+    print(f"seed {value}")
+    torch.manual_seed(value)
+    return value
+
+
+@pytest.fixture
+def make_model(seed: int) -> Callable[..., PreTrainedModel]:
+    """`make_model("llama", num_hidden_layers=2)`: a tiny model in evaluation mode, no parameter of it zero or one."""
+
+    def make(name: str = "llama", **changes: Any) -> PreTrainedModel:
+        family, fields = CONFIGS[name]
+        config = getattr(transformers, f"{family}Config")(**{**fields, **changes})
+        auto = transformers.AutoModel if name in ENCODERS else transformers.AutoModelForCausalLM
+        model = auto.from_config(config)
+        for parameter in model.parameters():
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def make_tokenizer() -> Callable[..., Any]:
+    """`make_tokenizer(64)`: a tokenizer of letters with that many ids."""
+
+    def make(size: int = VOCABULARY) -> Any:
+        from tokenizers import Tokenizer, models, pre_tokenizers
+
+        letters = [chr(code) for code in range(97, 123)]
+        words = ["<unk>", "<pad>", *letters, *(f"<{i}>" for i in range(size))][:size]
+        inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+        inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+        return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", pad_token="<pad>")
+
+    return make
+
+
+@pytest.fixture
+def make_folder(tmp_path: Path, make_model: Any, make_tokenizer: Any) -> Callable[..., Path]:
+    """`make_folder("llama")`: a model folder with weights and tokenizer on disk."""
+
+    def make(name: str = "llama", model: PreTrainedModel | None = None, vocabulary: int = VOCABULARY, **changes: Any) -> Path:
+        folder = tmp_path / f"{name}-{len(list(tmp_path.iterdir()))}"
+        (model or make_model(name, **changes)).save_pretrained(folder)
+        make_tokenizer(vocabulary).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def make_ids(seed: int) -> Callable[..., torch.Tensor]:
+    """`make_ids(2, 9)`: random token ids that no architecture takes for padding."""
+
+    def make(rows: int, length: int) -> torch.Tensor:
+        return torch.randint(5, VOCABULARY, (rows, length))
+
+    return make
+
+
+@pytest.fixture
+def make_calibration(make_ids: Any) -> Callable[..., Any]:
+    """`make_calibration(6, 12)`: windows of random tokens as a method gets them."""
+
+    def make(samples: int = 6, length: int = 12, **fields: Any) -> Any:
+        from tensorpress.compressors.base import Calibration
+
+        windows = make_ids(samples, length)
+        return Calibration(windows, make_ids(2, length), make_ids(1, 64)[0], 0, lambda: pytest.fail("not asked for"), **fields)
+
+    return make
+
+
+@pytest.fixture
+def outputs() -> Callable[..., torch.Tensor]:
+    """`outputs(model, ids)`: logits or hidden states in float64."""
+
+    def run(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return model(input_ids=ids)[0].double()
+
+    return run
+
+
+@pytest.fixture
+def one_line() -> Callable[..., str]:
+    """`one_line(caught)`: the message of an InputError that is one line; no control characters, not endless."""
+
+    def check(caught: Any, *parts: str) -> str:
+        (line,) = caught.value.problems
+        assert "\n" not in line and len(line) < 500 and "Traceback" not in line
+        for part in parts:
+            assert re.search(part, line), f"{part!r} not in {line!r}"
+        return line
+
+    return check
