@@ -248,7 +248,9 @@ def plain_gptq(model: PreTrainedModel) -> dict[str, Any] | None:
     replaced = [module for module in model.modules() if isinstance(module, REPLACED)]
     if not all(isinstance(module, QuantizedLinear) for module in replaced):
         return None
-    kinds = {(m.bits, m.spec()["group_size"], m.zero_offset) for m in replaced if isinstance(m, QuantizedLinear)}
+    layers = [module for module in replaced if isinstance(module, QuantizedLinear)]
+    whole_rows = all(layer.group_size == layer.in_features for layer in layers)
+    kinds = {(layer.bits, -1 if whole_rows else layer.group_size, layer.zero_offset) for layer in layers}
     structure = find_structure(model)
     if len(kinds) != 1 or any(isinstance(model.get_submodule(path), DENSE) for path in structure.linear_paths):
         return None

@@ -62,6 +62,15 @@ class TensorpressQuantizer(HfQuantizer):
         return True
 
 
+class PlainGPTQConfig(GPTQConfig):
+    """GPTQConfig that does not ask for optimum, which only its own quantizer needs."""
+
+    def post_init(self) -> None:
+        listed, self.modules_in_block_to_quantize = self.modules_in_block_to_quantize, None
+        super().post_init()
+        self.modules_in_block_to_quantize = listed
+
+
 class PlainGPTQQuantizer(HfQuantizer):
     """Opens a folder in the standard GPTQ layout with tensorpress's own layers; gptqmodel is not needed."""
 
@@ -198,4 +207,4 @@ def register() -> None:
         register_quantizer(METHOD)(TensorpressQuantizer)
     if importlib.util.find_spec("gptqmodel") is None:
         AUTO_QUANTIZER_MAPPING["gptq"] = PlainGPTQQuantizer
-        AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] = GPTQConfig
+        AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] = PlainGPTQConfig
