@@ -138,7 +138,9 @@ def _block_arguments(
         handles = []
         for block in structure.blocks:
 
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], index: int = block.index) -> None:
+            def hook(
+                module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], index: int = block.index
+            ) -> None:
                 positional = dict(zip(_parameter_names(module)[1 : len(args)], args[1:], strict=False))
                 named = {key: value for key, value in kwargs.items() if key != "hidden_states"}
                 result[index][len(batch)] = {**positional, **named}  # noqa: B023 - hooks are gone before the next batch

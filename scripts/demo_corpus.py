@@ -6,10 +6,28 @@ import sysconfig
 from pathlib import Path
 
 # Held out with their tests, so that nothing of them is seen in training: small and middling modules of different kinds.
-HELD_OUT = (
-    "statistics textwrap heapq csv configparser shlex queue fractions calendar tarfile "
-    "sched graphlib cmd pprint netrc bisect colorsys dataclasses selectors string"
-).split()
+HELD_OUT = [
+    "statistics",
+    "textwrap",
+    "heapq",
+    "csv",
+    "configparser",
+    "shlex",
+    "queue",
+    "fractions",
+    "calendar",
+    "tarfile",
+    "sched",
+    "graphlib",
+    "cmd",
+    "pprint",
+    "netrc",
+    "bisect",
+    "colorsys",
+    "dataclasses",
+    "selectors",
+    "string",
+]
 # Tables and generated text rather than code that people write.
 LEFT_OUT = ("pydoc_data", "encodings", "site-packages", "__pycache__", "lib2to3/tests/data", "test/encoded_modules")
 LARGEST_FILE = 300_000

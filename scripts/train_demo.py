@@ -30,7 +30,10 @@ SPLIT = r" ?[A-Za-z]+| ?\p{L}+|\p{N}|\s*\n *| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -42,7 +45,11 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFas
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END, bos_token=END, clean_up_tokenization_spaces=False, model_max_length=512
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        bos_token=END,
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
     )
 
 
@@ -117,7 +124,10 @@ def train(args: argparse.Namespace, out: Path) -> None:
     tokenizer = train_tokenizer([text for _, text in train_files], args.vocabulary)
     stream, held_out = encode(tokenizer, train_files), encode(tokenizer, held_out_files)
     sizes = [sum(len(t.encode()) for _, t in files) for files in (train_files, held_out_files)]
-    print(f"train {len(train_files)} files {sizes[0]:,} B {len(stream):,} tokens; held out {len(held_out_files)} files {sizes[1]:,} B {len(held_out):,} tokens", flush=True)
+    print(
+        f"train {len(train_files)} files {sizes[0]:,} B {len(stream):,} tokens; held out {len(held_out_files)} files {sizes[1]:,} B {len(held_out):,} tokens",
+        flush=True,
+    )
     tokenizer.save_pretrained(out)
     model = LlamaForCausalLM(model_config(args.vocabulary))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
@@ -132,11 +142,13 @@ def train(args: argparse.Namespace, out: Path) -> None:
         if length == 512 and curve and curve[-1].get("length") == 256:
             windows.order = []
         batch = windows.batch(args.batch_tokens // length, length)
-        for (group, base) in zip((g for o in optimizers for g in o.param_groups), base_rates, strict=True):
+        for group, base in zip((g for o in optimizers for g in o.param_groups), base_rates, strict=True):
             group["lr"] = base * schedule(progress)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             logits = step_model(input_ids=batch).logits
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].float().reshape(-1, logits.shape[-1]), batch[:, 1:].reshape(-1))
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].float().reshape(-1, logits.shape[-1]), batch[:, 1:].reshape(-1)
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -144,7 +156,13 @@ def train(args: argparse.Namespace, out: Path) -> None:
             optimizer.zero_grad(set_to_none=True)
         seen, step = seen + batch.numel(), step + 1
         if step % 25 == 0 or seen >= args.tokens:
-            row = {"step": step, "tokens": seen, "loss": round(loss.item(), 4), "seconds": round(time.monotonic() - start, 1), "length": length}
+            row = {
+                "step": step,
+                "tokens": seen,
+                "loss": round(loss.item(), 4),
+                "seconds": round(time.monotonic() - start, 1),
+                "length": length,
+            }
             if step % 250 == 0 or seen >= args.tokens:
                 row["held_out_perplexity"] = round(math.exp(held_out_nll(model, held_out, 64)), 3)
                 save(model, out)
@@ -152,10 +170,22 @@ def train(args: argparse.Namespace, out: Path) -> None:
             print(json.dumps(row), flush=True)
             (out / "loss_curve.json").write_text(json.dumps(curve))
     summary = {
-        "tokens": seen, "steps": step, "seconds": round(time.monotonic() - start), "batch_tokens": args.batch_tokens, "seed": args.seed,
-        "rate": args.rate, "python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads(),
-        "train_files": len(train_files), "train_bytes": sizes[0], "train_tokens": len(stream), "held_out_modules": HELD_OUT,
-        "held_out_files": len(held_out_files), "held_out_bytes": sizes[1], "held_out_tokens": len(held_out),
+        "tokens": seen,
+        "steps": step,
+        "seconds": round(time.monotonic() - start),
+        "batch_tokens": args.batch_tokens,
+        "seed": args.seed,
+        "rate": args.rate,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "train_files": len(train_files),
+        "train_bytes": sizes[0],
+        "train_tokens": len(stream),
+        "held_out_modules": HELD_OUT,
+        "held_out_files": len(held_out_files),
+        "held_out_bytes": sizes[1],
+        "held_out_tokens": len(held_out),
     }
     (out / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
 

@@ -51,7 +51,9 @@ def run_evaluation(
     return result
 
 
-def measure(job: dict[str, Any], subject: dict[str, Any], original: dict[str, Any] | None, label: str) -> dict[str, Any]:
+def measure(
+    job: dict[str, Any], subject: dict[str, Any], original: dict[str, Any] | None, label: str
+) -> dict[str, Any]:
     """Apply the measures named in `job["measures"]` to a model folder; see `run_evaluation`."""
     start = time.monotonic()
     store = Store(job["store"]).open()
@@ -144,7 +146,11 @@ def _key(name: str, job: dict[str, Any], subject: dict[str, Any]) -> str:
             texts["other"] = read_text(spec["other"], "other", "data.evaluation.other").digest
     if name == "sts":
         texts["pairs"] = digest.of_file(Path(spec["pairs"]).expanduser())
-    machine = [platform.node(), platform.processor(), torch.get_num_threads(), job.get("kernels")] if MEASURES[name].timed else None
+    machine = (
+        [platform.node(), platform.processor(), torch.get_num_threads(), job.get("kernels")]
+        if MEASURES[name].timed
+        else None
+    )
     folder = Path(evaluators_base.__file__).parent
     kernels = code_fingerprint("gptq") if MEASURES[name].timed else None
     return digest.of_json(

@@ -27,7 +27,11 @@ def export(folder: Path, target: Path, layout: str = "gptq") -> Path:
     if plain_gptq(model) is None:
         structure = find_structure(model)
         dense = [path for path in structure.linear_paths if isinstance(model.get_submodule(path), DENSE)]
-        why = f"{dense[0]} is not quantized" if dense else "it holds decomposed or removed layers, or several kinds of bits"
+        why = (
+            f"{dense[0]} is not quantized"
+            if dense
+            else "it holds decomposed or removed layers, or several kinds of bits"
+        )
         raise InputError(f"{folder}: cannot be written as plain GPTQ: {why}")
     part = target.with_name(f".part-{target.name}")
     shutil.rmtree(part, ignore_errors=True)

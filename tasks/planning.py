@@ -139,7 +139,9 @@ def calibration_key(recipe: Recipe) -> dict[str, Any]:
     return {"source": source, "split": spec.split, "samples": spec.samples, "length": spec.length, "text": text.digest}
 
 
-def calibration_windows(key: dict[str, Any], tokenizer: Any, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def calibration_windows(
+    key: dict[str, Any], tokenizer: Any, seed: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(windows, validation windows, training stream) of a calibration key; the validation text is in neither of the others."""
     where = "data.calibration"
     ids = tokenise(read_text(key["source"], key["split"], where), tokenizer)
@@ -168,7 +170,10 @@ def _job(
         "dtype": recipe.model.dtype,
     }
     name = digest.of_json(made_of)[:32]
-    chain = [*(parent.chain if parent else []), {"step": node.step, "use": method.use, "config": config, "digest": name}]
+    chain = [
+        *(parent.chain if parent else []),
+        {"step": node.step, "use": method.use, "config": config, "digest": name},
+    ]
     handle = {"path": root.path, "digest": root.digest}
     return Job(
         node.id, node.step, node.branch, node.parent, method.use, config, name, parent_digest, handle, data, recipe.seed,
@@ -181,7 +186,9 @@ def _check_store(store: Store) -> None:
     while not place.exists():
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK):
-        raise InputError(f"store: {store.root} cannot be written: {place} is {'read-only' if place.is_dir() else 'a file'}")
+        raise InputError(
+            f"store: {store.root} cannot be written: {place} is {'read-only' if place.is_dir() else 'a file'}"
+        )
 
 
 def _check_measures(recipe: Recipe, kind: Kind) -> None:
@@ -203,7 +210,9 @@ def _check_texts(recipe: Recipe, folder: Path) -> None:
         texts.append(("evaluation.other", read_text(evaluation.other, "other", "data.evaluation.other")))
     for where, text in texts:
         if text.digest == first.digest:
-            raise InputError(f"data.{where}: is the calibration text; quality must be measured on text that calibration never saw")
+            raise InputError(
+                f"data.{where}: is the calibration text; quality must be measured on text that calibration never saw"
+            )
     if evaluation.pairs is not None and not Path(evaluation.pairs).expanduser().is_file():
         raise InputError(f"data.evaluation.pairs: no such file: {evaluation.pairs}")
     tokenizer = read_tokenizer(folder)
@@ -222,7 +231,9 @@ def _check_methods(recipe: Recipe, folder: Path, kind: Kind) -> None:
     for node in recipe.nodes:
         kinds = getattr(type(node.method), "kinds", ())
         if kind not in kinds:
-            raise InputError(f"steps.{node.step}: {node.method.use} needs a model of kind {' or '.join(kinds)}; this one is {kind}")
+            raise InputError(
+                f"steps.{node.step}: {node.method.use} needs a model of kind {' or '.join(kinds)}; this one is {kind}"
+            )
     model = load(folder)
     structure = find_structure(model)
     for node in recipe.nodes:

@@ -6,6 +6,7 @@ Everything goes through `MlflowClient` with explicit run ids; weights are record
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import tempfile
@@ -16,6 +17,7 @@ from typing import Any
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 
 from filelock import FileLock
 from matplotlib.figure import Figure
@@ -25,6 +27,9 @@ from mlflow.exceptions import MlflowException
 
 from tensorpress.errors import InputError
 from tensorpress.tasks.planning import Job, Plan
+
+for _name in ("mlflow", "alembic"):
+    logging.getLogger(_name).setLevel(logging.WARNING)
 
 LONGEST = 5000
 """Characters of a tag's value that are kept."""
@@ -88,14 +93,20 @@ class Tracker:
         }
         run = self.client.create_run(self.handle["experiment_id"], tags=tags, run_name=job.node)
         params = {"step": job.step, "method": job.use, "branch": job.branch or "-"}
-        params |= {f"{job.use}.{key}": _short(value) for key, value in job.config.items() if key != "use" and value is not None}
+        params |= {
+            f"{job.use}.{key}": _short(value) for key, value in job.config.items() if key != "use" and value is not None
+        }
         self.client.log_batch(run.info.run_id, params=[Param(k, str(v)) for k, v in params.items()])
         return str(run.info.run_id)
 
     def step_done(self, run_id: str, job: Job, result: dict[str, Any]) -> None:
         """Record the artifact of a step by reference, its report, and its time."""
         self._metrics(run_id, {"step_seconds": result["seconds"]})
-        summary = {k: v for k, v in result["report"]["summary"].items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+        summary = {
+            k: v
+            for k, v in result["report"]["summary"].items()
+            if isinstance(v, (int, float)) and not isinstance(v, bool)
+        }
         self._metrics(run_id, {f"{job.use}.{k}": v for k, v in summary.items()})
         self._tags(run_id, {"tensorpress.path": result["path"], "tensorpress.cached": result["cached"]})
         self.client.log_text(run_id, json.dumps(result["report"], indent=1), "report.json")
@@ -132,7 +143,9 @@ class Tracker:
 
     def figure(self, figure: Figure, name: str, run_id: str | None = None) -> None:
         """Save a picture under the same path in every run."""
-        self._file(run_id or self.handle["run_id"], name, lambda path: figure.savefig(path, dpi=150, bbox_inches="tight"))
+        self._file(
+            run_id or self.handle["run_id"], name, lambda path: figure.savefig(path, dpi=150, bbox_inches="tight")
+        )
 
     def text(self, text: str, name: str, run_id: str | None = None) -> None:
         self.client.log_text(run_id or self.handle["run_id"], text, name)
@@ -145,7 +158,9 @@ class Tracker:
 
     def _metrics(self, run_id: str, metrics: Mapping[str, float]) -> None:
         now = int(time.time() * 1000)
-        self.client.log_batch(run_id, metrics=[Metric(k, float(v), now, 0) for k, v in metrics.items() if v is not None])
+        self.client.log_batch(
+            run_id, metrics=[Metric(k, float(v), now, 0) for k, v in metrics.items() if v is not None]
+        )
 
     def _tags(self, run_id: str, tags: Mapping[str, Any]) -> None:
         self.client.log_batch(run_id, tags=[RunTag(k, str(v)[:LONGEST]) for k, v in tags.items()])
@@ -174,10 +189,16 @@ def read_run(store: Path, run_id: str) -> dict[str, Any]:
 def find_run(client: MlflowClient, name: str) -> Any:
     """A run by its id, the beginning of its id, a flow run's id, or `latest`. Raises InputError."""
     experiments = [e.experiment_id for e in client.search_experiments()]
-    parents = client.search_runs(experiments, "tags.tensorpress.recipe != ''", order_by=["attributes.start_time DESC"], max_results=500)
+    parents = client.search_runs(
+        experiments, "tags.tensorpress.recipe != ''", order_by=["attributes.start_time DESC"], max_results=500
+    )
     if name == "latest" and parents:
         return parents[0]
-    matches = [run for run in parents if len(name) >= 4 and name in (run.info.run_id[: len(name)], run.data.tags.get("tensorpress.flow_run_id"))]
+    matches = [
+        run
+        for run in parents
+        if len(name) >= 4 and name in (run.info.run_id[: len(name)], run.data.tags.get("tensorpress.flow_run_id"))
+    ]
     if len(matches) == 1:
         return matches[0]
     try:

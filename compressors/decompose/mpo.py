@@ -9,8 +9,8 @@ from __future__ import annotations
 import fnmatch
 import math
 import time
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -71,7 +71,9 @@ def largest_bond(rows: Sequence[int], columns: Sequence[int], budget: float) -> 
     return low
 
 
-def decompose(weight: torch.Tensor, rows: Sequence[int], columns: Sequence[int], bonds: Sequence[int]) -> list[torch.Tensor]:
+def decompose(
+    weight: torch.Tensor, rows: Sequence[int], columns: Sequence[int], bonds: Sequence[int]
+) -> list[torch.Tensor]:
     """TT-SVD of weight [prod rows, prod columns] into cores [d_{k-1}, i_k, j_k, d_k], in float64.
 
     At full bonds the product of the cores is the weight; below, its Frobenius error is the root of the sum of squares of
@@ -96,8 +98,8 @@ class MPO(Compressor):
     sites: int = Field(2, ge=2, le=7, description="number of cores")
     layers: tuple[str, ...] = Field(("*",), description="which layers: patterns on their paths, such as *mlp*")
 
-    needs_calibration = False
-    may_not_follow = {
+    needs_calibration: ClassVar[bool] = False
+    may_not_follow: ClassVar[Mapping[str, str]] = {
         "gptq": "its layers are quantized; decompose first, then quantize what stays dense",
         "mpo": "its layers are decomposed already",
     }
@@ -141,7 +143,9 @@ class MPO(Compressor):
             bond = largest_bond(rows, columns, (self.keep or 0) * outputs * inputs)
         bonds = capped_bonds(rows, columns, bond)
         count = parameters(rows, columns, bonds)
-        report = LayerReport(path, "dense", outputs * inputs, outputs * inputs, 2 * outputs * inputs, 2 * outputs * inputs)
+        report = LayerReport(
+            path, "dense", outputs * inputs, outputs * inputs, 2 * outputs * inputs, 2 * outputs * inputs
+        )
         report.detail = {"out_factors": rows, "in_factors": columns, "bonds": bonds}
         if bond == 0 or count >= outputs * inputs:
             report.error_after, report.seconds = 0.0, round(time.monotonic() - start, 3)

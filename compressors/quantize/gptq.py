@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -55,7 +56,11 @@ def fit_grid(w: torch.Tensor, importance: torch.Tensor, bits: int, symmetric: bo
         shrink = 1 - 0.6 * step / SHRINKS
         scale = ((high - low) * shrink / levels).to(torch.float16).to(w.dtype)
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        zero = torch.full_like(scale, 2 ** (bits - 1)) if symmetric else torch.round(-low * shrink / scale).clamp(0, levels)
+        zero = (
+            torch.full_like(scale, 2 ** (bits - 1))
+            if symmetric
+            else torch.round(-low * shrink / scale).clamp(0, levels)
+        )
         grid = Grid(scale, zero, bits)
         error = ((grid.round(w) - w).square() * importance).sum(1, keepdim=True)
         better = error < best_error
@@ -189,7 +194,7 @@ class GPTQ(Compressor):
     act_order: bool = Field(True, description="quantize the columns with the largest inputs first")
     damping: float = Field(0.01, gt=0, le=1, description="share of the Hessian's mean diagonal that is added to it")
 
-    may_not_follow = {"gptq": "its layers are quantized already"}
+    may_not_follow: ClassVar[Mapping[str, str]] = {"gptq": "its layers are quantized already"}
 
     def check(self, model: PreTrainedModel, structure: Structure) -> None:
         if self.group_size != -1 and self.group_size < 1:
@@ -246,7 +251,9 @@ class GPTQ(Compressor):
         )
         packed = self._packed(layer, integers, scales, zeros, size)
         set_module(model, path, packed)
-        nearest = Grid(scales.repeat_interleave(size, 1), zeros.repeat_interleave(size, 1), self.bits).round(weight.double())
+        nearest = Grid(scales.repeat_interleave(size, 1), zeros.repeat_interleave(size, 1), self.bits).round(
+            weight.double()
+        )
         return LayerReport(
             layer=path,
             action=f"gptq {self.bits} bits",

@@ -15,13 +15,25 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from tensorpress.errors import InputError
 
-console = Console(highlight=False)
-problems = Console(stderr=True, highlight=False)
+WIDTH = 132
+"""Columns of what goes into a file or a pipe; a terminal has its own."""
+
+
+def _console(stderr: bool = False) -> Console:
+    made = Console(stderr=stderr, highlight=False)
+    return made if made.is_terminal else Console(stderr=stderr, highlight=False, width=WIDTH)
+
+
+console = _console()
+problems = _console(stderr=True)
 
 FAILED, BAD_INPUT, GATE = 1, 2, 3
 
 StoreOption = Annotated[
-    Path, typer.Option("--store", envvar="TENSORPRESS_STORE", help="Folder of artifacts, measurements and the tracking database.")
+    Path,
+    typer.Option(
+        "--store", envvar="TENSORPRESS_STORE", help="Folder of artifacts, measurements and the tracking database."
+    ),
 ]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the result to this file as JSON.")]
 DEFAULT_STORE = Path("mlruns")

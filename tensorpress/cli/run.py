@@ -21,7 +21,9 @@ from tensorpress.cli.common import (
 )
 from tensorpress.errors import InputError
 
-RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a recipe that comes with tensorpress.")]
+RecipeArgument = Annotated[
+    str, typer.Argument(help="A recipe file, or the name of a recipe that comes with tensorpress.")
+]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Change a value, as steps.quantize.bits=3.")]
 
 
@@ -45,14 +47,18 @@ def recipe_path(name: str) -> Path:
     if (folder / f"{name}.yaml").is_file():
         return folder / f"{name}.yaml"
     known = sorted(p.stem for p in folder.glob("*.yaml"))
-    raise InputError(f"{name}: no such recipe file, and no recipe of that name{nearest(name, known)}; known: {', '.join(known)}")
+    raise InputError(
+        f"{name}: no such recipe file, and no recipe of that name{nearest(name, known)}; known: {', '.join(known)}"
+    )
 
 
 def run(
     recipe: RecipeArgument,
     overrides: SetOption = None,
     store: StoreOption = DEFAULT_STORE,
-    kernels: Annotated[str, typer.Option(help="Kernels that figures of speed are measured with: auto, or a backend's name.")] = "auto",
+    kernels: Annotated[
+        str, typer.Option(help="Kernels that figures of speed are measured with: auto, or a backend's name.")
+    ] = "auto",
     json_file: JsonOption = None,
 ) -> int:
     """Run a recipe: every step on every branch, measured, judged and tracked."""
@@ -76,7 +82,12 @@ def run(
     return {"ACCEPT": 0, "REJECT": GATE}.get(document["verdict"], FAILED)
 
 
-def plan(recipe: RecipeArgument, overrides: SetOption = None, store: StoreOption = DEFAULT_STORE, json_file: JsonOption = None) -> None:
+def plan(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    store: StoreOption = DEFAULT_STORE,
+    json_file: JsonOption = None,
+) -> None:
     """Draw a recipe's graph: what is cached, what would be done, and what it needs. Runs nothing."""
     from tensorpress.pictures.tables import plan_tree
     from tensorpress.tasks.estimate import estimate
@@ -127,7 +138,9 @@ def _prepare(parameters: dict[str, Any]) -> Any:
     from tensorpress.tasks.planning import check_kernels, make_plan
 
     check_kernels(parameters["kernels"])
-    recipe = recipes.parse_text(parameters["recipe"], METHODS, MEASURES, parameters["overrides"], Path(parameters["folder"]))
+    recipe = recipes.parse_text(
+        parameters["recipe"], METHODS, MEASURES, parameters["overrides"], Path(parameters["folder"])
+    )
     return make_plan(recipe, Store(parameters["store"]), parameters["recipe"])
 
 

@@ -92,24 +92,27 @@ class Metric:
 
 METRICS = (
     Metric("perplexity", "perplexity", "quality"),
-    Metric("perplexity_ratio", "perplexity ratio", "quality", ratio),
+    Metric("perplexity_ratio", "ratio", "quality", ratio),
     Metric("bits_per_byte", "bits per byte", "quality", ratio, headline=False),
     Metric("perplexity_other", "perplexity, other text", "quality", headline=False),
     Metric("perplexity_ratio_other", "ratio, other text", "quality", ratio),
     Metric("bits_per_byte_other", "bits per byte, other text", "quality", ratio, headline=False),
-    Metric("kl_divergence", "KL divergence", "quality", lambda v: significant(v, 3)),
-    Metric("top1_agreement", "top-1 agreement", "quality", percent, 1),
+    Metric("kl_divergence", "KL", "quality", lambda v: significant(v, 3)),
+    Metric("top1_agreement", "top-1 agreement", "quality", percent, 1, headline=False),
     Metric("sts_spearman", "STS Spearman", "quality", ratio, 1),
     Metric("embedding_cosine", "embedding cosine", "quality", ratio, 1),
-    Metric("parsable_functions", "parsable functions", "quality", percent, 1),
+    Metric("parsable_functions", "parses", "quality", percent, 1),
     Metric("bytes", "size", "size", human_bytes),
     Metric("size_ratio", "size ratio", "size", ratio),
-    Metric("bits_per_parameter", "bits per parameter", "size", ratio),
+    Metric("bits_per_parameter", "bits/param", "size", lambda v: significant(v, 3)),
+    Metric("weight_bytes", "weights", "size", human_bytes, headline=False),
     Metric("parameters", "parameters", "size", human_count, 0, headline=False),
-    Metric("prefill_tokens_per_second", "prefill tokens/s", "speed", rate, 1),
-    Metric("decode_tokens_per_second", "decode tokens/s", "speed", rate, 1),
+    Metric("prefill_tokens_per_second", "prefill tokens/s", "speed", rate, 1, headline=False),
+    Metric("decode_tokens_per_second", "decode tok/s", "speed", rate, 1),
     Metric("prefill_speedup", "prefill speedup", "speed", ratio, 1, headline=False),
-    Metric("decode_speedup", "decode speedup", "speed", ratio, 1),
+    Metric("decode_speedup", "speedup", "speed", ratio, 1),
+    Metric("original_prefill_tokens_per_second", "original prefill tokens/s", "speed", rate, 0, headline=False),
+    Metric("original_decode_tokens_per_second", "original decode tokens/s", "speed", rate, 0, headline=False),
     Metric("peak_memory_bytes", "peak memory", "speed", human_bytes, -1, headline=False),
     Metric("step_seconds", "step time", "speed", human_seconds, 0, headline=False),
 )
@@ -173,7 +176,7 @@ def label(artifact: Mapping[str, Any]) -> str:
 
 def metrics_table(run: Mapping[str, Any], every: bool = False) -> Table:
     """The original and every measured artifact, a row each; `every` shows the minor metrics as well."""
-    measured = [a for a in run.get("artifacts") or [] if a.get("metrics")]
+    measured = [a for a in run.get("artifacts") or [] if set(a.get("metrics") or {}) - {"step_seconds"}]
     original = run.get("original") or {}
     rows = [original, *(a["metrics"] for a in measured)]
     names = [escape("original"), *(escape(label(a)) for a in measured)]

@@ -1,0 +1,136 @@
+"""What a plan will take: time as it was measured before on the same model, and memory at its peak. Reads, never writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from tensorpress.artifact import RECORD, Store
+from tensorpress.checks import read_config, weight_files
+from tensorpress.compressors.catalog import METHODS
+from tensorpress.evaluators.size import bytes_of, needed_files, original_parameters
+from tensorpress.pictures.tables import human_bytes, human_seconds
+from tensorpress.source import is_compressed
+from tensorpress.tasks.planning import Job, Plan, stored_dtype, working_dtype
+
+BESIDE_ORIGINAL = {"distill", "fidelity", "speed"}
+"""Methods and measures that hold the original in memory beside the model."""
+TRAINED = {"distill"}
+"""Methods that train: a gradient and two moments for each weight, in float32."""
+
+
+def estimate(plan: Plan) -> dict[str, Any]:
+    """What a plan does and what it is expected to take.
+
+    Returns {"nodes": [{"node", "step", "branch", "use", "parent", "cached", "note", "seconds"}], "summary": one line or two,
+    "memory_bytes": at the peak, "seconds": of all steps that are not cached, None where one was never measured}. The time is
+    that of earlier artifacts of the same method on the same model; measuring is not in it.
+    """
+    known = _measured_seconds(plan.store, plan.root.digest)
+    nodes = [_node(plan, job, known) for job in plan.jobs.values()]
+    waiting = [node for node in nodes if not node["cached"]]
+    unknown = sorted({str(node["use"]) for node in waiting if node["seconds"] is None})
+    seconds = None if unknown else sum(node["seconds"] for node in waiting)
+    memory, parts = _memory(plan)
+    time = (
+        f"time: not measured before for {', '.join(unknown)}"
+        if seconds is None
+        else f"time: about {human_seconds(seconds)}, as measured before"
+        if waiting
+        else "time: only what has not been measured yet"
+    )
+    summary = (
+        f"{len(waiting)} of {len(nodes)} steps to do, {len(nodes) - len(waiting)} cached; {time}\n"
+        f"memory: about {human_bytes(memory)} at the peak ({parts})"
+    )
+    return {"nodes": nodes, "summary": summary, "memory_bytes": memory, "seconds": seconds}
+
+
+def short_config(use: str, config: Mapping[str, Any]) -> str:
+    """The settings of a step that people look for: `4 bits, g128`, `keep 0.7`."""
+    parts = {
+        "gptq": [("bits", "{} bits"), ("group_size", "g{}")],
+        "mpo": [("keep", "keep {}"), ("bond_dimension", "bond dimension {}"), ("sites", "{} sites")],
+        "finercut": [("remove", "remove {}")],
+        "distill": [("tokens", "{:,} tokens"), ("minutes", "{} minutes")],
+    }.get(use) or [(key, f"{key} {{}}") for key in config if key != "use"]
+    shown = [form.format(config[key]) for key, form in parts if config.get(key) is not None]
+    return ", ".join("whole rows" if text == "g-1" else text for text in shown)
+
+
+def _node(plan: Plan, job: Job, known: list[dict[str, Any]]) -> dict[str, Any]:
+    cached = plan.cached[job.node]
+    seconds = 0.0 if cached else _expected_seconds(job, known)
+    note = [short_config(job.use, job.config)]
+    if cached:
+        note.append(human_bytes(bytes_of(needed_files(plan.store.folder(job.digest)))))
+    elif seconds is not None:
+        note.append(f"about {human_seconds(seconds)}")
+    return {
+        "node": job.node,
+        "step": job.step,
+        "branch": job.branch,
+        "use": job.use,
+        "parent": job.parent,
+        "cached": cached,
+        "note": ", ".join(part for part in note if part),
+        "seconds": seconds,
+    }
+
+
+def _measured_seconds(store: Store, root: str) -> list[dict[str, Any]]:
+    """{"use", "config", "seconds"} of every artifact that was made of the model with the digest `root`."""
+    found = []
+    for path in sorted((store.root / "models").glob(f"[!.]*/{RECORD}")):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            last = record["chain"][-1]
+            if record["root"] == root:
+                found.append({"use": last["use"], "config": last["config"], "seconds": float(record["seconds"])})
+        except (OSError, ValueError, KeyError, IndexError, TypeError):
+            continue  # not an artifact of ours, or half of one: it tells nothing
+    return found
+
+
+def _expected_seconds(job: Job, known: list[dict[str, Any]]) -> float | None:
+    """Median time of the same method with the same settings, else with any."""
+    same = [entry for entry in known if entry["use"] == job.use]
+    alike = [entry for entry in same if entry["config"] == job.config] or same
+    return median(entry["seconds"] for entry in alike) if alike else None
+
+
+def _memory(plan: Plan) -> tuple[int, str]:
+    """Bytes at the peak, and what they are made of."""
+    folder = Path(plan.root.path)
+    config = read_config(folder)
+    dtype = working_dtype(plan.recipe.model.dtype)
+    dtype = dtype if isinstance(dtype, torch.dtype) else stored_dtype(folder)
+    parameters = original_parameters(folder)
+    model = bytes_of(weight_files(folder)) if is_compressed(config) else parameters * dtype.itemsize
+    spec = plan.recipe.data.calibration
+    hidden = int(config.get_text_config().hidden_size)
+    activations = 2 * spec.samples * spec.length * hidden * dtype.itemsize  # into a block and out of it
+    works = {job.use for name, job in plan.jobs.items() if not plan.cached[name]}
+    needs = dict.fromkeys([*plan.recipe.evaluate.use], model)
+    for use in works:
+        needs[use] = model + (activations if METHODS[use].needs_calibration else 0)
+        needs[use] += 3 * 4 * parameters if use in TRAINED else 0
+    for name in BESIDE_ORIGINAL & set(needs):
+        needs[name] += model
+    largest = max(needs, key=lambda name: needs[name]) if needs else ""
+    made_of = [f"the model {human_bytes(model)} in {str(dtype).removeprefix('torch.')}"]
+    if largest in BESIDE_ORIGINAL:
+        made_of.append("as much for its original")
+    if largest in works and METHODS[largest].needs_calibration:
+        made_of.append(f"calibration {human_bytes(activations)}")
+    if largest in TRAINED:
+        made_of.append(f"training {human_bytes(3 * 4 * parameters)}")
+    return int(needs.get(largest, model)), f"{largest}: {', '.join(made_of)}" if largest else made_of[0]
+
+
+__all__ = ["estimate", "short_config"]

@@ -1,0 +1,48 @@
+"""Running a recipe from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tensorpress.errors import InputError
+
+
+def compress(
+    recipe: str | Path | dict[str, Any], *, overrides: Sequence[str] = (), store: str | Path = "mlruns"
+) -> dict[str, Any]:
+    """Run a recipe (a file, or a mapping) and return its run document (docs/architecture.md).
+
+    The same as `tensorpress run`: the same graph, digests, store and tracking. Raises InputError for bad input, before
+    anything has run; a step that fails does not raise: `verdict` is then `FAILED`, and the artifact's `error` says why.
+    """
+    from tensorpress.flows.server import prefect_server
+
+    folder = Path.cwd()
+    if isinstance(recipe, dict):
+        text = yaml.safe_dump(recipe, sort_keys=False)
+    else:
+        path = Path(recipe)
+        if not path.is_file():
+            raise InputError(f"{path}: no such recipe file")
+        text, folder = path.read_text(encoding="utf-8"), path.absolute().parent
+    place = Path(store).absolute()
+    arguments: dict[str, Any] = {
+        "recipe": text,
+        "folder": str(folder),
+        "overrides": list(overrides),
+        "store": str(place),
+    }
+    with prefect_server(place) as server:
+        from tensorpress.flows.compress import CompressParameters, prepare
+        from tensorpress.flows.compress import compress as flow
+        from tensorpress.tasks.tracking import open_client
+
+        parameters = CompressParameters(**arguments)
+        prepare(parameters)
+        open_client(place)
+        server.wait()
+        return flow(parameters)

@@ -1,0 +1,470 @@
+"""Verbs on models: eval, bench, inspect, generate, export."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from tensorpress.cli.common import (
+    DEFAULT_STORE,
+    FAILED,
+    JsonOption,
+    StoreOption,
+    check_json_target,
+    console,
+    progress_bars,
+    write_json,
+)
+from tensorpress.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from tensorpress.source import ModelHandle
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="`demo`, a folder, a hub id, or the first 6 or more digits of an artifact's digest."
+    ),
+]
+AgainstOption = Annotated[
+    str | None, typer.Option("--against", help="The original that it is set beside, named as MODEL is.")
+]
+DtypeOption = Annotated[
+    Literal["float32", "bfloat16", "stored"], typer.Option("--dtype", help="Precision of the arithmetic.")
+]
+KernelsOption = Annotated[str, typer.Option("--kernels", help="`auto`, or a backend's name.")]
+
+PREFIX = re.compile(r"[0-9a-f]{6,64}")
+PROBE = 400_000
+"""Characters of a text that are tokenised to see whether it is long enough."""
+PLANNED = ("gguf", "compressed-tensors", "onnx")
+"""Formats that export will know and does not yet."""
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the verbs of this file."""
+    app.command("eval")(evaluate)
+    app.command("bench")(bench)
+    app.command("inspect")(inspect)
+    app.command("generate")(generate)
+    app.command("export")(export)
+
+
+def find_model(name: str, store: Path) -> Path:
+    """The folder of `demo`, a folder, a hub id, or an artifact of the store by the beginning of its digest.
+
+    Raises InputError.
+    """
+    from tensorpress.source import resolve
+
+    if PREFIX.fullmatch(name.lower()) and not Path(name).exists():
+        found = sorted(path for path in store.absolute().glob(f"models/{name.lower()}*") if path.is_dir())
+        if len(found) == 1:
+            return found[0]
+        several = ", ".join(path.name[:12] for path in found[:5])
+        raise InputError(
+            f"{name}: {f'begins several digests: {several}' if found else f'begins no digest of an artifact in {store}'}"
+        )
+    try:
+        return resolve(name)
+    except InputError as error:
+        raise InputError(*(problem.removeprefix("model.source: ") for problem in error.problems)) from None
+
+
+def check_model(name: str, store: Path) -> ModelHandle:
+    """Find a model and check it whole: the files of an artifact against its record, those of any other by what they hold.
+
+    Raises InputError. Writes at most a note of what was checked, into a store that is there.
+    """
+    from tensorpress.artifact import RECORD, Artifact, Store
+    from tensorpress.checks import check_folder
+    from tensorpress.source import ModelHandle
+    from tensorpress.tasks.planning import known_source
+
+    folder = find_model(name, store)
+    check_folder(folder)
+    if not (folder / RECORD).is_file():
+        return known_source(folder, Store(store))
+    artifact = Artifact(folder)
+    problem = artifact.problem()
+    if problem:
+        raise InputError(f"{folder}: is not whole: {problem}")
+    return ModelHandle(str(folder.resolve()), artifact.digest)
+
+
+def evaluate(
+    model: ModelArgument,
+    text: Annotated[str, typer.Option("--text", help="`demo`, or a UTF-8 text file.")] = "demo",
+    split: Annotated[
+        Literal["train", "test", "other"], typer.Option("--split", help="Split of the demo's text.")
+    ] = "test",
+    measures: Annotated[
+        list[str] | None,
+        typer.Option("--measure", help="Measure this; repeat it for more. All that apply if not given."),
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Windows of the text.")] = 200,
+    length: Annotated[int, typer.Option("--length", min=8, help="Tokens of a window.")] = 256,
+    pairs: Annotated[
+        Path | None, typer.Option("--pairs", help="CSV of sentence pairs with a score, for encoders.")
+    ] = None,
+    other: Annotated[str | None, typer.Option("--other", help="Text of another domain: `demo`, or a file.")] = None,
+    against: AgainstOption = None,
+    dtype: DtypeOption = "float32",
+    store: StoreOption = DEFAULT_STORE,
+    json_file: JsonOption = None,
+) -> None:
+    """Measure a model's quality and size, alone or against its original. What was measured before is remembered."""
+    from tensorpress.checks import read_config
+    from tensorpress.recipe import EvaluationSpec
+    from tensorpress.tasks.evaluate import measure
+    from tensorpress.tasks.planning import config_kind
+
+    check_json_target(json_file)
+    handle = check_model(model, store)
+    original = check_model(against, store) if against else None
+    config = read_config(handle.folder)
+    demo = text == "demo" and _from_demo(handle, store)
+    chosen = _measures(measures, config_kind(config), demo, pairs is not None, original is not None)
+    spec = EvaluationSpec(
+        source=text, split=split, samples=samples, length=length, other=other, pairs=str(pairs) if pairs else None
+    )
+    _check_texts(spec, chosen, handle.folder, config)
+    if original is not None:
+        _check_same_kind(config, read_config(original.folder), against or "")
+    root = original or handle
+    job = {
+        "measures": chosen,
+        "evaluation": spec.model_dump(mode="json"),
+        "root": {"path": root.path, "digest": root.digest},
+        "dtype": dtype,
+        "store": str(store.absolute()),
+        "demo": demo,
+        "kernels": "auto",
+    }
+    name = Path(handle.path).name if model != "demo" else model
+    first: dict[str, Any] | None = None
+    with progress_bars():
+        if original is not None:
+            first = measure(job, {"path": original.path, "digest": original.digest}, None, "original")
+        result = measure(job, {"path": handle.path, "digest": handle.digest}, first, name)
+    metrics, conditions = result["metrics"], result["conditions"]
+    if first is None:
+        metrics, conditions = _alone(metrics, conditions, config)
+    _show_figures({model: metrics, **({f"{against} (original)": first["metrics"]} if first else {})}, conditions)
+    if measures and "generation" in measures:
+        for sample in result["texts"].values():
+            typer.echo(_printable(sample))
+    answer = {"model": model, "metrics": metrics, "conditions": conditions, "texts": result["texts"]}
+    write_json(json_file, {**answer, **({"against": against, "original": first["metrics"]} if first else {})})
+
+
+def bench(
+    model: ModelArgument,
+    against: AgainstOption = None,
+    prompt: Annotated[int, typer.Option("--prompt", min=1, help="Tokens of the prompt.")] = 128,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens that are decoded.")] = 32,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Runs that the median is taken of.")] = 5,
+    kernels: KernelsOption = "auto",
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Threads of the CPU; torch's own choice if not given.")
+    ] = None,
+    dtype: DtypeOption = "float32",
+    store: StoreOption = DEFAULT_STORE,
+    json_file: JsonOption = None,
+) -> None:
+    """Measure the speed of prefill and decode at batch 1, in turns with the dense original if one is given."""
+    import torch
+
+    from tensorpress.checks import read_config
+    from tensorpress.evaluators.base import EvaluationData, Subject
+    from tensorpress.evaluators.speed import Speed
+    from tensorpress.loading import load
+    from tensorpress.tasks.planning import check_kernels, working_dtype
+    from tensorpress.tasks.progress import reporter
+
+    check_json_target(json_file)
+    check_kernels(kernels)
+    handle = check_model(model, store)
+    original = check_model(against, store) if against else None
+    if original is not None:
+        _check_same_kind(read_config(handle.folder), read_config(original.folder), against or "")
+    subject = load(handle.path, dtype=working_dtype(dtype), kernels=kernels)
+    _check_runs(subject, kernels)
+    control = load(original.path, dtype=working_dtype(dtype)) if original else subject
+    vocabulary = subject.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0))
+    data = EvaluationData(ids, 0, None, "random tokens")
+    folder = handle.folder
+    with _threads(threads), progress_bars():
+        result = Speed(prompt, tokens, repeats, math.inf).evaluate(
+            Subject(subject, lambda: control, folder, original.folder if original else folder, original is None),
+            data,
+            reporter("bench"),
+        )
+    metrics, conditions = result.metrics, {**result.conditions, "prompt": data.name}
+    if original is None:
+        metrics = {k: v for k, v in metrics.items() if not _compares(k)}
+        conditions = {k: v for k, v in conditions.items() if not k.startswith("original_")}
+    _show_figures({model: metrics}, conditions)
+    if original is None:
+        console.print("[dim]no dense control: give the original with --against for speedups[/]")
+    answer = {"model": model, "metrics": metrics, "conditions": conditions}
+    write_json(json_file, {**answer, **({"against": against} if against else {})})
+
+
+def inspect(
+    model: ModelArgument,
+    layers: Annotated[bool, typer.Option("--layers", help="List every layer.")] = False,
+    store: StoreOption = DEFAULT_STORE,
+    json_file: JsonOption = None,
+) -> int | None:
+    """Show what a model is made of: blocks and layers, its size, the steps that made it, and whether its files are whole."""
+    from tensorpress.cli.structure import describe, show
+
+    check_json_target(json_file)
+    found = describe(find_model(model, store))
+    show(found, layers)
+    write_json(json_file, {"model": model, **found})
+    return FAILED if found["problem"] else None
+
+
+def generate(
+    model: ModelArgument,
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="What the model goes on from.")],
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Most tokens to add.")] = 64,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0: always the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Draws the same tokens again (at a temperature).")] = 0,
+    kernels: KernelsOption = "auto",
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Let a model go on from a text; printed as it comes."""
+    import torch
+
+    from tensorpress.checks import read_config
+    from tensorpress.evaluators.perplexity import position_limit
+    from tensorpress.loading import load
+    from tensorpress.source import read_tokenizer
+    from tensorpress.tasks.planning import check_kernels, config_kind
+
+    check_kernels(kernels)
+    handle = check_model(model, store)
+    if config_kind(read_config(handle.folder)) != "causal":
+        raise InputError(f"{model}: is an encoder, which cannot generate text; generate needs a causal language model")
+    tokenizer = read_tokenizer(handle.folder)
+    encoded = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
+    if encoded.shape[1] == 0:
+        raise InputError("TEXT: is empty; give the model something to go on from")
+    opened = load(handle.path, kernels=kernels)
+    _check_runs(opened, kernels)
+    limit = position_limit(opened)
+    if encoded.shape[1] + tokens > limit:
+        raise InputError(f"--tokens {tokens}: the text has {encoded.shape[1]} tokens, and {model} takes {limit} in all")
+    torch.manual_seed(seed)
+    ids = encoded.long()
+    drawn = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        if temperature
+        else {"do_sample": False}
+    )
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    generator: Any = opened
+    with torch.no_grad():
+        generator.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            pad_token_id=0 if padding is None else padding,
+            streamer=_streamer(tokenizer),
+            **drawn,
+        )
+
+
+def export(
+    model: ModelArgument,
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="The folder to write; it must not be there yet.")],
+    layout: Annotated[
+        str, typer.Option("--format", help="gptq: the standard checkpoint that vLLM and others read.")
+    ] = "gptq",
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Write a model in a format that other programs read."""
+    from tensorpress.tasks.export import FORMATS
+    from tensorpress.tasks.export import export as write
+
+    if layout not in FORMATS:
+        there = ", ".join(FORMATS)
+        if layout in PLANNED:
+            raise InputError(f"--format {layout}: is not built yet; there is: {there}")
+        raise InputError(f"--format {layout}: is not known{nearest(layout, (*FORMATS, *PLANNED))}; there is: {there}")
+    if target.exists():
+        raise InputError(f"{target}: exists already; export writes a new folder")
+    console.print(str(write(Path(check_model(model, store).path), target, layout)), markup=False, soft_wrap=True)
+
+
+def _measures(asked: list[str] | None, kind: Any, demo: bool, pairs: bool, against: bool) -> list[str]:
+    """The measures to apply: those asked for, else all that apply. Raises InputError for one that cannot be applied."""
+    from tensorpress.evaluators.catalog import MEASURES, applicable
+
+    if asked:
+        for name in asked:
+            if name not in MEASURES:
+                raise InputError(
+                    f"--measure {name}: is not known{nearest(name, MEASURES)}; known: {', '.join(MEASURES)}"
+                )
+            if not applicable(name, kind):
+                usable = ", ".join(n for n in MEASURES if applicable(n, kind))
+                raise InputError(f"--measure {name}: cannot measure a model of kind {kind}; usable: {usable}")
+        chosen = list(dict.fromkeys(asked))
+    else:
+        fitting = {"perplexity": True, "fidelity": against, "size": True, "generation": demo, "sts": pairs}
+        chosen = [name for name, wanted in fitting.items() if wanted and applicable(name, kind)]
+    if "fidelity" in chosen and not against:
+        raise InputError("--measure fidelity: needs the original, with --against")
+    if "sts" in chosen and not pairs:
+        raise InputError("--measure sts: needs a CSV of sentence pairs, with --pairs")
+    if pairs and "sts" not in chosen:
+        raise InputError(
+            f"--pairs: is for sts, which {'was not asked for' if asked else f'cannot measure a model of kind {kind}'}"
+        )
+    return chosen
+
+
+def _check_texts(spec: Any, measures: list[str], folder: Path, config: PretrainedConfig) -> None:
+    """Refuse texts that cannot be read or are too short, before the store is touched."""
+    from tensorpress.evaluators.sts import read_pairs
+    from tensorpress.source import read_tokenizer
+    from tensorpress.text import Text, read_text, tokenise, windows
+
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit and spec.length > limit and {"perplexity", "fidelity"} & set(measures):
+        raise InputError(f"--length {spec.length}: the model takes {limit} tokens at most")
+    tokenizer = read_tokenizer(folder)
+    texts = [("--text", spec.source, spec.split)] + ([("--other", spec.other, "other")] if spec.other else [])
+    for where, source, split in texts:
+        text = read_text(source, split, where)
+        windows(tokenise(Text(text.name, text.content[:PROBE]), tokenizer), spec.length, 1, where)
+    if spec.pairs:
+        try:
+            read_pairs(Path(spec.pairs).expanduser())
+        except InputError as error:
+            raise InputError(*(p.replace("data.evaluation.pairs", "--pairs") for p in error.problems)) from None
+
+
+def _check_same_kind(config: PretrainedConfig, original: PretrainedConfig, name: str) -> None:
+    """Refuse an original that cannot be the one: another kind of model, or another vocabulary."""
+    from tensorpress.tasks.planning import config_kind
+
+    sizes = [c.get_text_config().vocab_size for c in (config, original)]
+    if config_kind(config) != config_kind(original) or sizes[0] != sizes[1]:
+        raise InputError(
+            f"--against {name}: is not its original: one is a {config_kind(config)} model of {sizes[0]} tokens, "
+            f"the other a {config_kind(original)} model of {sizes[1]}"
+        )
+
+
+def _check_runs(model: Any, kernels: str) -> None:
+    """Refuse a backend that cannot run a layer of the model."""
+    from tensorpress.kernels import registry
+
+    try:
+        registry.names_in_use(model)
+    except ValueError as error:
+        raise InputError(f"--kernels {kernels}: {str(error).splitlines()[0]}") from None
+
+
+def _from_demo(handle: ModelHandle, store: Path) -> bool:
+    """Whether a model is the demo model or was made of it."""
+    from tensorpress.artifact import RECORD, Artifact, Store
+    from tensorpress.tasks.planning import known_source
+    from tensorpress.text import demo_folder
+
+    if not (demo_folder() / "config.json").is_file():
+        return False
+    root = Artifact(handle.folder).record.get("root") if (handle.folder / RECORD).is_file() else handle.digest
+    return bool(root == known_source(demo_folder(), Store(store)).digest)
+
+
+def _compares(key: str) -> bool:
+    """Whether a metric sets a model beside its original."""
+    return key.startswith(("original_", "perplexity_ratio")) or key.endswith("_speedup")
+
+
+def _alone(
+    metrics: dict[str, float], conditions: dict[str, Any], config: PretrainedConfig
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """What holds of a model without its original; sizes are set beside the dense model that its config describes."""
+    from tensorpress.cli.structure import dense_parameters
+
+    metrics = {key: value for key, value in metrics.items() if not _compares(key)}
+    conditions = {key: value for key, value in conditions.items() if not _compares(key)}
+    if "weight_bytes" in metrics:
+        parameters = dense_parameters(config)
+        metrics["bits_per_parameter"] = 8 * metrics["weight_bytes"] / parameters
+        metrics["size_ratio"] = metrics["weight_bytes"] / (2 * parameters)
+        conditions["original_parameters"] = parameters
+    return metrics, conditions
+
+
+def _show_figures(models: dict[str, dict[str, float]], conditions: dict[str, Any]) -> None:
+    """Metrics down, models across, and what they hold under."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from tensorpress.pictures.tables import clean, present, write
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("")
+    for name in models:
+        table.add_column(escape(clean(name)), justify="right", overflow="fold")
+    for shown in present(models.values()):
+        table.add_row(
+            escape(shown.label), *(escape(write(shown.key, metrics.get(shown.key))) for metrics in models.values())
+        )
+    console.print(table)
+    lines = [
+        f"{key.replace('_', ' ')} {_condition(value)}" for key, value in conditions.items() if key != "bytes_count"
+    ]
+    console.print(f"[dim]{escape(clean('; '.join(lines)))}[/]", soft_wrap=True)
+
+
+def _condition(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} ({count} layers)" for key, count in value.items()) or "none"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _printable(text: str) -> str:
+    """Text without what could steer a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def _streamer(tokenizer: Any) -> Any:
+    from transformers import TextStreamer
+
+    class Printer(TextStreamer):
+        """Prints what a model writes, without what could steer a terminal."""
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            typer.echo(_printable(text), nl=stream_end)
+
+    return Printer(tokenizer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
