@@ -87,7 +87,7 @@ def measure(data: Path, quick: bool, progress: Callable[[str], None]) -> dict[st
         nearest = perplexity(plain, rows) / dense
         model = load(folder, dtype=torch.float32)
         start = time.monotonic()
-        model, _ = GPTQ(bits=bits).compress(model, Calibration(chosen, chosen[:1], ids, 0, lambda: model))
+        model, _ = GPTQ(bits=bits).compress(model, Calibration(chosen, chosen[:1], ids, 0, lambda m=model: m))
         seconds = time.monotonic() - start
         ratio = perplexity(model, rows) / dense
         peers = [("round to nearest, same run", nearest)]

@@ -70,7 +70,7 @@ class Speed(Evaluator):
     """Tokens a second of prefill and decode at batch 1, medians, and how they compare with the dense original.
 
     Model and original run in turns (A B A B), so that a change of the machine's pace meets both. After one warm-up run of
-    each, `REPEATS` are made, or fewer (at least `FEWEST`) once a model has run for `BUDGET` seconds. Encoders have no
+    each, `repeats` are made, or fewer (at least `FEWEST`) once a model has run for `budget` seconds. Encoders have no
     decode.
     """
 
@@ -80,11 +80,20 @@ class Speed(Evaluator):
     PROMPT_TOKENS, NEW_TOKENS = 128, 32
     REPEATS, FEWEST, BUDGET = 5, 3, 12.0
 
+    def __init__(
+        self,
+        prompt_tokens: int = PROMPT_TOKENS,
+        new_tokens: int = NEW_TOKENS,
+        repeats: int = REPEATS,
+        budget: float = BUDGET,
+    ):
+        self.prompt_tokens, self.new_tokens, self.repeats, self.budget = prompt_tokens, new_tokens, repeats, budget
+
     def evaluate(self, subject: Subject, data: EvaluationData, progress: Progress = no_progress) -> Measurement:
         model = subject.model
         limit = position_limit(model)
-        new_tokens = min(self.NEW_TOKENS, limit // 2) if model_kind(model) == "causal" else 0
-        prompt = data.windows.flatten()[: min(self.PROMPT_TOKENS, limit - new_tokens)].unsqueeze(0)
+        new_tokens = min(self.new_tokens, limit // 2) if model_kind(model) == "causal" else 0
+        prompt = data.windows.flatten()[: min(self.prompt_tokens, limit - new_tokens)].unsqueeze(0)
         models = [model] if subject.is_original else [model, subject.original()]
         peak = peak_bytes(model, prompt, new_tokens)  # the model's warm-up
         runs = self._runs(models, prompt, new_tokens, progress)
@@ -101,13 +110,13 @@ class Speed(Evaluator):
         for other in models[1:]:
             time_once(other, prompt, new_tokens)
         runs: list[list[tuple[float, float]]] = [[] for _ in models]
-        for repeat in range(self.REPEATS):
+        for repeat in range(self.repeats):
             slowest = max(sum(map(sum, times)) for times in runs)
-            if repeat >= self.FEWEST and slowest > self.BUDGET:
+            if repeat >= self.FEWEST and slowest > self.budget:
                 break
             for model, times in zip(models, runs, strict=True):
                 times.append(time_once(model, prompt, new_tokens))
-            progress("speed", repeat + 1, self.REPEATS)
+            progress("speed", repeat + 1, self.repeats)
         return runs
 
     def _conditions(

@@ -37,9 +37,13 @@ class CompressParameters(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     recipe: str = Field(title="Recipe", description="the recipe, as YAML text")
-    folder: str = Field(".", title="Folder", description="folder of the recipe file; its relative paths are read from here")
+    folder: str = Field(
+        ".", title="Folder", description="folder of the recipe file; its relative paths are read from here"
+    )
     overrides: list[str] = Field([], title="Overrides", description="such as steps.quantize.bits=3")
-    store: str = Field("mlruns", title="Store", description="folder of artifacts, measurements and the tracking database")
+    store: str = Field(
+        "mlruns", title="Store", description="folder of artifacts, measurements and the tracking database"
+    )
     kernels: str = Field("auto", title="Kernels", description="auto, or the name of one backend")
 
 
@@ -166,7 +170,9 @@ def _document(
     gates = judge(plan, artifacts)
     failed = bool(original.get("error")) or any(a["error"] for a in artifacts)
     verdict = "FAILED" if failed else "ACCEPT" if all(g["holds"] for g in gates.values()) else "REJECT"
-    texts = {name: "\n".join(f["texts"].values()) for name, f in {"original": original, **figures}.items() if f.get("texts")}
+    texts = {
+        name: "\n".join(f["texts"].values()) for name, f in {"original": original, **figures}.items() if f.get("texts")
+    }
     return {
         "name": plan.recipe.name,
         "recipe": yaml.safe_load(plan.recipe.model_dump_json(exclude_defaults=True)),
@@ -190,7 +196,11 @@ def judge(plan: Plan, artifacts: list[dict[str, Any]]) -> dict[str, dict[str, An
         worst, branch, holds = None, "", True
         for artifact in (a for a in artifacts if a["leaf"]):
             value = artifact["metrics"].get(metric)
-            held = value is not None and (gate.max is None or value <= gate.max) and (gate.min is None or value >= gate.min)
+            held = (
+                value is not None
+                and (gate.max is None or value <= gate.max)
+                and (gate.min is None or value >= gate.min)
+            )
             excess = _excess(value, gate.min, gate.max)
             if worst is None or excess > _excess(worst, gate.min, gate.max):
                 worst, branch = value, artifact["node"]
@@ -212,8 +222,12 @@ def _leave(run: dict[str, Any], tracker: Tracker) -> None:
         tracker.figure(draw_front(run), "pictures/front.png")
     for artifact in run["artifacts"]:
         if artifact["run_id"] and artifact["report"]["layers"]:
-            tracker.figure(draw_layer_map(artifact["report"], artifact["node"]), "pictures/layers.png", artifact["run_id"])
+            tracker.figure(
+                draw_layer_map(artifact["report"], artifact["node"]), "pictures/layers.png", artifact["run_id"]
+            )
     tracker.text(render(run), "report.html")
     tracker.text(json.dumps(run, indent=1, default=str), "run.json")
     worst = {f"worst.{name}": gate["worst"] for name, gate in run["gates"].items() if gate["worst"] is not None}
-    tracker.finish(run["verdict"], {"run_seconds": run["seconds"], "overhead_seconds": run["overhead_seconds"], **worst})
+    tracker.finish(
+        run["verdict"], {"run_seconds": run["seconds"], "overhead_seconds": run["overhead_seconds"], **worst}
+    )

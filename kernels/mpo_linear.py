@@ -28,7 +28,7 @@ def mpo_to_matrix(cores: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def mpo_apply(cores: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """y = W x by contracting the cores with the input one after the other; x [..., n], result [..., m].
+    """Y = W x by contracting the cores with the input one after the other; x [..., n], result [..., m].
 
     The tensor in hand is [batch, outputs so far, bond, inputs to come]; each site is one matrix product.
     """
@@ -78,7 +78,8 @@ class MPOLinear(nn.Module):
         self.in_features, self.out_features = math.prod(in_factors), math.prod(out_factors)
         edges = (1, *bonds, 1)
         self.cores = nn.ParameterList(
-            torch.zeros(edges[k], i, j, edges[k + 1]) for k, (i, j) in enumerate(zip(out_factors, in_factors, strict=True))
+            torch.zeros(edges[k], i, j, edges[k + 1])
+            for k, (i, j) in enumerate(zip(out_factors, in_factors, strict=True))
         )
         self.bias = nn.Parameter(torch.zeros(self.out_features)) if bias else None
         self.kernel = "auto"

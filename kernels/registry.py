@@ -72,4 +72,6 @@ def names_in_use(model: nn.Module) -> dict[str, int]:
 
 def _operation_of(module: nn.Module) -> str | None:
     kind = type(module).__name__
-    return {"QuantizedLinear": "quantized_linear", "MPOLinear": "mpo_linear", "Linear": "dense", "Conv1D": "dense"}.get(kind)
+    return {"QuantizedLinear": "quantized_linear", "MPOLinear": "mpo_linear", "Linear": "dense", "Conv1D": "dense"}.get(
+        kind
+    )

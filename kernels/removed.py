@@ -30,7 +30,11 @@ class RemovedAttention(nn.Module):
         self.out_features, self.values = out_features, values
 
     def forward(self, hidden_states: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        x = hidden_states if hidden_states is not None else next(v for v in kwargs.values() if isinstance(v, torch.Tensor))
+        x = (
+            hidden_states
+            if hidden_states is not None
+            else next(v for v in kwargs.values() if isinstance(v, torch.Tensor))
+        )
         zeros = x.new_zeros(1).expand(*x.shape[:-1], self.out_features)
         return zeros if self.values == 1 else (zeros, *([None] * (self.values - 1)))
 

@@ -35,7 +35,15 @@ SHARD = "4GB"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 """Largest difference of logits between the model in memory and the folder opened in a fresh process, relative to the largest logit
 (at least 1)."""
-CARRIED = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "added_tokens.json", "chat_template*", "*.model")
+CARRIED = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "vocab*",
+    "merges.txt",
+    "added_tokens.json",
+    "chat_template*",
+    "*.model",
+)
 
 
 @dataclass(frozen=True)
@@ -161,7 +169,9 @@ class Writer:
         self.checker.wait()
         shutil.rmtree(self.part, ignore_errors=True)
 
-    def write(self, model: PreTrainedModel, parent: Path, stored: torch.dtype, record: dict[str, Any], card: str) -> Artifact:
+    def write(
+        self, model: PreTrainedModel, parent: Path, stored: torch.dtype, record: dict[str, Any], card: str
+    ) -> Artifact:
         """Write `model` in the precision `stored`, with the tokenizer of the folder `parent`.
 
         The model in memory is rounded to what is stored. Raises StepError when the folder, opened in a fresh process, does not
@@ -177,7 +187,8 @@ class Writer:
         (self.part / "README.md").write_text(card, encoding="utf-8")
         self._check(model)
         files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": digest.of_file(path)} for path in sorted(self.part.iterdir())
+            path.name: {"bytes": path.stat().st_size, "sha256": digest.of_file(path)}
+            for path in sorted(self.part.iterdir())
         }
         full = {"format_version": FORMAT_VERSION, "digest": self.name, **record, "files": files}
         (self.part / RECORD).write_text(json.dumps(full, indent=1), encoding="utf-8")
@@ -197,7 +208,12 @@ class Writer:
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         probe = self.part.with_suffix(".probe")
         save_file({"ids": ids, "output": output}, probe)
-        request = {"folder": str(self.part), "probe": str(probe), "dtype": str(dtype).removeprefix("torch."), "device": str(model.device)}
+        request = {
+            "folder": str(self.part),
+            "probe": str(probe),
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": str(model.device),
+        }
         try:
             answer, _ = self.checker.communicate(json.dumps(request))
             result = json.loads(answer or "{}")
@@ -209,7 +225,9 @@ class Writer:
             raise StepError(f"the written folder cannot be opened in a fresh process: {result.get('error', 'it died')}")
         bound = TOLERANCE[dtype] * max(1.0, float(output.abs().max()))
         if not result["difference"] <= bound:
-            raise StepError(f"the written folder's outputs differ from the model's by {result['difference']:.3g} (allowed {bound:.3g})")
+            raise StepError(
+                f"the written folder's outputs differ from the model's by {result['difference']:.3g} (allowed {bound:.3g})"
+            )
 
 
 def probe_ids(model: nn.Module) -> torch.Tensor:
@@ -270,7 +288,9 @@ def plain_gptq(model: PreTrainedModel) -> dict[str, Any] | None:
         "lm_head": False,
         "true_sequential": True,
         "damp_percent": 0.01,
-        "modules_in_block_to_quantize": [[p.removeprefix(block.path + ".") for p in group] for group in block.linear_groups],
+        "modules_in_block_to_quantize": [
+            [p.removeprefix(block.path + ".") for p in group] for group in block.linear_groups
+        ],
         "meta": {"quantizer": ["tensorpress:0.1"]},
     }
 

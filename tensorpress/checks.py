@@ -44,7 +44,9 @@ def read_config(folder: Path) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        raise InputError(f"{folder / 'config.json'}: model_type {raw['model_type']!r} cannot be used: {_line(error)}") from None
+        raise InputError(
+            f"{folder / 'config.json'}: model_type {raw['model_type']!r} cannot be used: {_line(error)}"
+        ) from None
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -105,7 +107,9 @@ def check_tokenizer(tokenizer: Any, config: PretrainedConfig, folder: Path) -> N
     rows = config.get_text_config().vocab_size
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= rows:
-        raise InputError(f"{folder}: the tokenizer has ids up to {largest}, the embedding {rows} rows: they do not belong together")
+        raise InputError(
+            f"{folder}: the tokenizer has ids up to {largest}, the embedding {rows} rows: they do not belong together"
+        )
 
 
 def _line(error: BaseException) -> str:

@@ -133,7 +133,9 @@ class Recipe(Part):
         return chain[::-1]
 
 
-def read(path: str | Path, methods: Mapping[str, type[Method]], measures: Mapping[str, Any], overrides: Any = ()) -> Recipe:
+def read(
+    path: str | Path, methods: Mapping[str, type[Method]], measures: Mapping[str, Any], overrides: Any = ()
+) -> Recipe:
     """Read and check a recipe file; `overrides` are strings like `steps.quantize.bits=3`.
 
     Raises InputError with one line for each problem.
@@ -153,12 +155,12 @@ def parse_text(
     methods: Mapping[str, type[Method]],
     measures: Mapping[str, Any],
     overrides: Any = (),
-    folder: Path = Path("."),
+    folder: Path = Path(),
     name: str = "recipe",
 ) -> Recipe:
     """Check a recipe given as YAML text; paths in it must lie in `folder` or the working folder. See `read`."""
     try:
-        data = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader that refuses repeated keys
+        data = yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f" line {where.line + 1}" if where else ""
@@ -169,7 +171,9 @@ def parse_text(
     return parse(data, methods, measures, overrides)
 
 
-def parse(data: dict[str, Any], methods: Mapping[str, type[Method]], measures: Mapping[str, Any], overrides: Any = ()) -> Recipe:
+def parse(
+    data: dict[str, Any], methods: Mapping[str, type[Method]], measures: Mapping[str, Any], overrides: Any = ()
+) -> Recipe:
     """Check a recipe given as a mapping; see `read`."""
     for override in overrides:
         _override(data, override)
@@ -235,7 +239,9 @@ def _refuse_paths_outside(data: dict[str, Any], folder: Path, name: str) -> None
             found += [(f"data.{key}.{field}", section.get(field)) for field in ("source", "other", "pairs")]
     allowed = [folder.resolve(), Path.cwd().resolve()]
     for where, value in found:
-        if not isinstance(value, str) or not (value.startswith(("/", "~")) or ".." in Path(value).parts or Path(value).exists()):
+        if not isinstance(value, str) or not (
+            value.startswith(("/", "~")) or ".." in Path(value).parts or Path(value).exists()
+        ):
             continue
         target = Path(value).expanduser().resolve()
         if not any(target.is_relative_to(place) for place in allowed):
@@ -249,7 +255,9 @@ def _explain(error: ValidationError, prefix: str, model: type[BaseModel]) -> lis
     """One line for each thing that pydantic found: the path, what was found, what is allowed."""
     lines = []
     for item in error.errors():
-        path = ".".join(str(p) for p in ([prefix] if prefix else []) + [p for p in item["loc"] if p != "function-after"])
+        path = ".".join(
+            str(p) for p in ([prefix] if prefix else []) + [p for p in item["loc"] if p != "function-after"]
+        )
         kind, found = item["type"], item.get("input")
         if kind == "extra_forbidden":
             known = _fields_at(model, item["loc"][:-1])
@@ -290,7 +298,9 @@ def _order_problems(steps: dict[str, dict[str, Any]]) -> list[str]:
         if after is None:
             problems.append(f"steps.{name}.after: is missing; it names a step, or `{ROOT}`")
         elif after not in steps and after != ROOT:
-            problems.append(f"steps.{name}.after: no step {after!r}{nearest(str(after), [*steps, ROOT])}; known: {', '.join([ROOT, *steps])}")
+            problems.append(
+                f"steps.{name}.after: no step {after!r}{nearest(str(after), [*steps, ROOT])}; known: {', '.join([ROOT, *steps])}"
+            )
     if problems:
         return problems
     for name in steps:
@@ -341,13 +351,17 @@ def _choices(name: str, step: dict[str, Any]) -> list[tuple[str, dict[str, Any]]
     return result
 
 
-def _method(name: str, values: dict[str, Any], methods: Mapping[str, type[Method]], problems: list[str]) -> Method | None:
+def _method(
+    name: str, values: dict[str, Any], methods: Mapping[str, type[Method]], problems: list[str]
+) -> Method | None:
     use = values.get("use")
     if use is None:
         problems.append(f"steps.{name}.use: is missing; known methods: {', '.join(sorted(methods))}")
         return None
     if not isinstance(use, str) or use not in methods:
-        problems.append(f"steps.{name}.use: no method {use!r}{nearest(str(use), methods)}; known: {', '.join(sorted(methods))}")
+        problems.append(
+            f"steps.{name}.use: no method {use!r}{nearest(str(use), methods)}; known: {', '.join(sorted(methods))}"
+        )
         return None
     try:
         return methods[use].model_validate(values)

@@ -18,7 +18,15 @@ from tensorpress.text import demo_folder
 
 HUB_TIMEOUT = 5.0
 """Seconds that a model hub has to answer at all."""
-NEEDED = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "*.model")
+NEEDED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,9 @@ def resolve(source: str, revision: str | None = None) -> Path:
     if path.exists() or source.startswith(("/", ".", "~")) or source.count("/") != 1:
         if path.exists():
             return path
-        raise InputError(f"model.source: no such folder: {source}; a model is `demo`, a folder, or a hub id (owner/name)")
+        raise InputError(
+            f"model.source: no such folder: {source}; a model is `demo`, a folder, or a hub id (owner/name)"
+        )
     return _from_hub(source, revision)
 
 

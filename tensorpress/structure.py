@@ -126,7 +126,8 @@ def find_structure(model: PreTrainedModel) -> Structure:
     calls = _trace(model, blocks_path)
     modules = dict(model.named_modules())
     blocks = tuple(
-        _block(index, f"{blocks_path}.{index}", modules, calls) for index in range(len(modules[blocks_path]))  # type: ignore[arg-type]
+        _block(index, f"{blocks_path}.{index}", modules, calls)
+        for index in range(len(modules[blocks_path]))  # type: ignore[arg-type]
     )
     if not any(block.sublayers for block in blocks):
         raise InputError(f"{type(model).__name__}: no linear layers found in its blocks ({blocks_path})")

@@ -5,7 +5,18 @@ from __future__ import annotations
 import platform
 from importlib import metadata
 
-WATCHED = ("tensorpress", "torch", "transformers", "tensorly", "safetensors", "numpy", "prefect", "mlflow", "optimum", "gptqmodel")
+WATCHED = (
+    "tensorpress",
+    "torch",
+    "transformers",
+    "tensorly",
+    "safetensors",
+    "numpy",
+    "prefect",
+    "mlflow",
+    "optimum",
+    "gptqmodel",
+)
 
 
 def versions() -> dict[str, str]:

@@ -91,7 +91,9 @@ def make_tokenizer() -> Callable[..., Any]:
 def make_folder(tmp_path: Path, make_model: Any, make_tokenizer: Any) -> Callable[..., Path]:
     """`make_folder("llama")`: a model folder with weights and tokenizer on disk."""
 
-    def make(name: str = "llama", model: PreTrainedModel | None = None, vocabulary: int = VOCABULARY, **changes: Any) -> Path:
+    def make(
+        name: str = "llama", model: PreTrainedModel | None = None, vocabulary: int = VOCABULARY, **changes: Any
+    ) -> Path:
         folder = tmp_path / f"{name}-{len(list(tmp_path.iterdir()))}"
         (model or make_model(name, **changes)).save_pretrained(folder)
         make_tokenizer(vocabulary).save_pretrained(folder)
@@ -118,7 +120,9 @@ def make_calibration(make_ids: Any) -> Callable[..., Any]:
         from tensorpress.compressors.base import Calibration
 
         windows = make_ids(samples, length)
-        return Calibration(windows, make_ids(2, length), make_ids(1, 64)[0], 0, lambda: pytest.fail("not asked for"), **fields)
+        return Calibration(
+            windows, make_ids(2, length), make_ids(1, 64)[0], 0, lambda: pytest.fail("not asked for"), **fields
+        )
 
     return make
 

@@ -27,7 +27,11 @@ from tensorpress.structure import find_structure, linear_weight
 def problem(rows, columns, tokens=None):
     """A weight and the Hessian of correlated inputs of uneven size, in float64."""
     mix = torch.randn(columns, columns, dtype=torch.float64) / columns**0.5 + torch.eye(columns, dtype=torch.float64)
-    x = torch.randn(tokens or 4 * columns, columns, dtype=torch.float64) @ mix * (torch.rand(columns).double() * 3 + 0.1)
+    x = (
+        torch.randn(tokens or 4 * columns, columns, dtype=torch.float64)
+        @ mix
+        * (torch.rand(columns).double() * 3 + 0.1)
+    )
     return torch.randn(rows, columns, dtype=torch.float64), 2 / len(x) * x.T @ x
 
 
@@ -83,7 +87,9 @@ def test_is_the_naive_surgeon(seed, rows, columns, group, symmetric, act_order):
         found = quantize_matrix(weight, hessian, bits, group, symmetric=symmetric, act_order=act_order, block=7)
         assert torch.equal(found[0], integers) and torch.equal(found[1], scales) and torch.equal(found[2], zeros)
         # Each integer is the one nearest to the compensated weight, which the naive loop keeps.
-        nearest = Grid(scales.repeat_interleave(group, 1), zeros.repeat_interleave(group, 1), bits).integers(compensated)
+        nearest = Grid(scales.repeat_interleave(group, 1), zeros.repeat_interleave(group, 1), bits).integers(
+            compensated
+        )
         assert torch.equal(found[0], nearest)
         assert found[0].min() >= 0 and found[0].max() < 2**bits
 
@@ -230,7 +236,11 @@ def test_grid_is_one_that_can_be_stored_and_none_of_the_search_is_better(seed, b
     best = ((grid.round(w) - w).square() * importance).sum(1)
     for shrink in [1 - 0.6 * step / 40 for step in range(40)]:
         scale = ((high - low) * shrink / (2**bits - 1)).half().double()
-        zero = torch.full_like(scale, 2 ** (bits - 1)) if symmetric else (-low * shrink / scale).round().clamp(0, 2**bits - 1)
+        zero = (
+            torch.full_like(scale, 2 ** (bits - 1))
+            if symmetric
+            else (-low * shrink / scale).round().clamp(0, 2**bits - 1)
+        )
         rounded = ((w / scale).round() + zero).clamp(0, 2**bits - 1)
         other = (((rounded - zero) * scale - w).square() * importance).sum(1)
         assert (best <= other * (1 + 1e-12)).all()
@@ -263,7 +273,9 @@ def method(**fields):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "gemma2", "opt_post", "gpt_neox"])
-@pytest.mark.parametrize("fields", [{}, {"bits": 3, "symmetric": False, "act_order": False}, {"bits": 8, "group_size": -1}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"bits": 3, "symmetric": False, "act_order": False}, {"bits": 8, "group_size": -1}]
+)
 def test_whole_model(make_model, make_calibration, outputs, tmp_path, name, fields):
     model = make_model(name)
     structure, calibration = find_structure(model), make_calibration(6, 12)

@@ -72,6 +72,8 @@ def test_values_out_of_range_are_refused(bits, wrong):
         pack(values, bits)
 
 
-@pytest.mark.parametrize(("count", "bits", "rows"), [(32, 3, 3), (33, 3, 4), (10, 3, 1), (11, 3, 2), (8, 4, 1), (9, 4, 2)])
+@pytest.mark.parametrize(
+    ("count", "bits", "rows"), [(32, 3, 3), (33, 3, 4), (10, 3, 1), (11, 3, 2), (8, 4, 1), (9, 4, 2)]
+)
 def test_words_needed(count, bits, rows):
     assert packed_rows(count, bits) == rows

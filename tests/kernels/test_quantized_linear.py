@@ -52,7 +52,8 @@ def test_shuffled_groups_are_read_from_g_idx(seed):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)]
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)],
 )
 def test_forward_against_float64(seed, bits, bias, dtype, tolerance):
     layer, weight, shift = make(96, 33, 32, bits, bias)
@@ -80,7 +81,12 @@ def test_scales_stay_fp16_when_the_model_changes_its_dtype(seed, dtype):
     layer, _, _ = make(48, 24, 16, 4)
     before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
     model = nn.Sequential(layer, nn.Linear(24, 3))
-    methods = {torch.bfloat16: model.bfloat16, torch.float16: model.half, torch.float32: model.float, torch.float64: model.double}
+    methods = {
+        torch.bfloat16: model.bfloat16,
+        torch.float16: model.half,
+        torch.float32: model.float,
+        torch.float64: model.double,
+    }
     for change in (lambda: model.to(dtype), methods[dtype]):
         change()
         assert model[1].weight.dtype == dtype

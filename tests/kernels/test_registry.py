@@ -27,7 +27,11 @@ def operation(monkeypatch):
 
 
 def test_the_last_that_can_is_taken(operation):
-    assert [registry.chosen("test_operation", Layer(size=size)).name for size in (1, 2, 3)] == ["tiny", "small", "reference"]
+    assert [registry.chosen("test_operation", Layer(size=size)).name for size in (1, 2, 3)] == [
+        "tiny",
+        "small",
+        "reference",
+    ]
     run = registry.kernel_for("test_operation", Layer(size=2), torch.ones(1))
     assert run(Layer(), torch.ones(1)).item() == 2
 
