@@ -112,6 +112,15 @@ def prefect_server(store: Path) -> Iterator[PrefectServer]:
         server.stop()
 
 
+@contextlib.contextmanager
+def connected(address: str) -> Iterator[None]:
+    """Let flows of this process talk to the server at `address`, also where Prefect was imported before it was known."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    with temporary_settings({PREFECT_API_URL: address}):
+        yield
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -19,7 +19,7 @@ def compress(
     The same as `tensorpress run`: the same graph, digests, store and tracking. Raises InputError for bad input, before
     anything has run; a step that fails does not raise: `verdict` is then `FAILED`, and the artifact's `error` says why.
     """
-    from tensorpress.flows.server import prefect_server
+    from tensorpress.flows.server import connected, prefect_server
 
     folder = Path.cwd()
     if isinstance(recipe, dict):
@@ -44,5 +44,5 @@ def compress(
         parameters = CompressParameters(**arguments)
         prepare(parameters)
         open_client(place)
-        server.wait()
-        return flow(parameters)
+        with connected(server.wait()):
+            return flow(parameters)

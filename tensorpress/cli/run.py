@@ -62,7 +62,7 @@ def run(
     json_file: JsonOption = None,
 ) -> int:
     """Run a recipe: every step on every branch, measured, judged and tracked."""
-    from tensorpress.flows.server import prefect_server
+    from tensorpress.flows.server import connected, prefect_server
 
     start = time.monotonic()
     check_json_target(json_file)
@@ -73,8 +73,7 @@ def run(
         from tensorpress.tasks.tracking import open_client
 
         open_client(store.absolute())
-        server.wait()
-        with progress_bars():
+        with connected(server.wait()), progress_bars():
             document = compress(CompressParameters(**parameters))
     document["wall_seconds"] = round(time.monotonic() - start, 3)
     write_json(json_file, contract(document))

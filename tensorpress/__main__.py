@@ -1,0 +1,5 @@
+"""`python -m tensorpress`: the command line."""
+
+from tensorpress.cli import main
+
+main()
