@@ -117,24 +117,14 @@ def _outcome(future: PrefectFuture[Any]) -> dict[str, Any]:
     """The result of a task, or {"error": one line}; siblings of a failed task go on."""
     result = future.result(raise_on_failure=False)
     state = future.state
-    seconds = state_seconds(future)
     if isinstance(result, dict):
-        return {**result, "work_seconds": seconds}
+        return result
     if isinstance(result, BaseException):
         reason = str(result) if isinstance(result, StepError) else f"{type(result).__name__}: {result}"
         if "NotReady" in (state.name or "") or type(result).__name__ in ("UnfinishedRun", "UpstreamTaskError"):
             reason = "not done: a step before it failed"
-        return {"error": reason.splitlines()[0] if reason else type(result).__name__, "work_seconds": seconds}
-    return {"error": f"not done: a step before it failed ({state.name})", "work_seconds": seconds}
-
-
-def state_seconds(future: PrefectFuture[Any]) -> float:
-    """Seconds that a task was at work, by Prefect's own clock."""
-    from prefect.client.orchestration import get_client
-
-    with get_client(sync_client=True) as client:
-        run = client.read_task_run(future.task_run_id)
-    return run.total_run_time.total_seconds() if run.total_run_time else 0.0
+        return {"error": reason.splitlines()[0] if reason else type(result).__name__}
+    return {"error": f"not done: a step before it failed ({state.name})"}
 
 
 def _document(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
 import signal
 import socket
@@ -26,7 +27,7 @@ QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
-    "PREFECT_LOGGING_LEVEL": "ERROR",
+    "PREFECT_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
     "PREFECT_CLI_PROMPT": "false",
 }
@@ -69,7 +70,6 @@ class PrefectServer:
                 "127.0.0.1",
                 "--port",
                 str(port),
-                "--no-services",
             ],
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -117,6 +117,8 @@ def connected(address: str) -> Iterator[None]:
     """Let flows of this process talk to the server at `address`, also where Prefect was imported before it was known."""
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
+    for name in ("prefect", "prefect.flow_runs", "prefect.task_runs"):  # errors are told once, by us
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     with temporary_settings({PREFECT_API_URL: address}):
         yield
 

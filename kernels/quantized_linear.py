@@ -122,4 +122,15 @@ def quantized_linear_reference(layer: QuantizedLinear, x: torch.Tensor) -> torch
     return nn.functional.linear(x, layer.dense_weight().to(x.dtype), bias)
 
 
+def quantized_linear_unpacked(layer: QuantizedLinear, x: torch.Tensor) -> torch.Tensor:
+    """The reference with the dequantized weight kept in memory: the same numbers, faster, at the memory of a dense layer."""
+    kept = getattr(layer, "_unpacked", None)
+    if kept is None or kept[0] is not layer.qweight or kept[1].dtype != x.dtype or kept[1].device != x.device:
+        kept = (layer.qweight, layer.dense_weight().to(x.dtype).contiguous())
+        object.__setattr__(layer, "_unpacked", kept)
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    return nn.functional.linear(x, kept[1], bias)
+
+
+registry.register("quantized_linear", "unpacked", quantized_linear_unpacked)
 registry.register("quantized_linear", "reference", quantized_linear_reference)

@@ -19,7 +19,7 @@ from tensorpress import digest
 from tensorpress.artifact import Store
 from tensorpress.evaluators.base import EvaluationData, Subject
 from tensorpress.evaluators.catalog import MEASURES, relative_metrics
-from tensorpress.loading import load
+from tensorpress.loading import load, use_kernels, use_quick_kernels
 from tensorpress.source import read_tokenizer
 from tensorpress.tasks.planning import code_fingerprint, working_dtype
 from tensorpress.tasks.progress import reporter
@@ -39,6 +39,7 @@ def run_evaluation(
 
     Returns {"metrics", "conditions", "texts", "seconds", "cached"}.
     """
+    start = time.monotonic()
     tracker = Tracker(tracking)
     run_id = subject.get("run_id")
     try:
@@ -48,7 +49,7 @@ def run_evaluation(
             tracker.fail(run_id, error)
         raise
     tracker.measured(run_id or tracking["run_id"], result, None if run_id else "original.")
-    return result
+    return {**result, "work_seconds": time.monotonic() - start}
 
 
 def measure(
@@ -68,6 +69,7 @@ def measure(
             found = store.evaluation(key)
             if found is None:
                 cached = False
+                session.set_kernels(timed=MEASURES[name].timed)
                 measured = MEASURES[name]().evaluate(session.subject, session.data, reporter(label))
                 found = {"metrics": measured.metrics, "conditions": measured.conditions, "texts": measured.texts}
                 store.remember("evaluations", key, found)
@@ -115,10 +117,17 @@ class _Session:
     @property
     def subject(self) -> Subject:
         if self._subject is None:
-            model = load(self.folder, dtype=working_dtype(self.job["dtype"]), kernels=self.job.get("kernels", "auto"))
+            model = load(self.folder, dtype=working_dtype(self.job["dtype"]))
             root = Path(self.job["root"]["path"])
             self._subject = Subject(model, self._original(model), self.folder, root, self.is_original)
         return self._subject
+
+    def set_kernels(self, timed: bool) -> None:
+        """Speed is measured with the kernels that were asked for; the other measures take what is quick."""
+        if timed:
+            use_kernels(self.subject.model, self.job.get("kernels", "auto"))
+        else:
+            use_quick_kernels(self.subject.model)
 
     @property
     def data(self) -> EvaluationData:

@@ -174,7 +174,8 @@ def _job(
         *(parent.chain if parent else []),
         {"step": node.step, "use": method.use, "config": config, "digest": name},
     ]
-    handle = {"path": root.path, "digest": root.digest}
+    source = recipe.model.source
+    handle = {"path": root.path, "digest": root.digest, "source": source, "name": Path(source).name}
     return Job(
         node.id, node.step, node.branch, node.parent, method.use, config, name, parent_digest, handle, data, recipe.seed,
         recipe.model.dtype, str(store.root), chain, text,

@@ -13,13 +13,13 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 from transformers import PreTrainedModel
 
-from tensorpress.artifact import Artifact, Store, Writer
+from tensorpress.artifact import Artifact, Store, Writer, plain_gptq
 from tensorpress.compressors.base import Calibration, Report
 from tensorpress.errors import InputError, StepError
 from tensorpress.loading import load
 from tensorpress.pictures.card import render_card
 from tensorpress.source import read_tokenizer
-from tensorpress.structure import find_structure
+from tensorpress.structure import find_structure, model_kind
 from tensorpress.tasks.planning import Job, calibration_windows, stored_dtype, working_dtype
 from tensorpress.tasks.progress import reporter
 from tensorpress.tasks.tracking import Tracker
@@ -29,9 +29,10 @@ from tensorpress.tasks.tracking import Tracker
 def run_step(label: str, job: dict[str, Any], parent: dict[str, Any], tracking: dict[str, str]) -> Any:
     """Make the artifact of a job, or find it in the store; its MLflow run is a child of the flow's.
 
-    Returns {"node", "path", "digest", "cached", "seconds", "report", "run_id"}. The store is the cache: an artifact is taken
+    Returns {"node", "path", "digest", "cached", "seconds", "report", "run_id", "work_seconds"}. The store is the cache: an artifact is taken
     only when its bytes on disk are those that were written.
     """
+    start = time.monotonic()
     work = Job(**job)
     tracker = Tracker(tracking)
     run_id = tracker.start_step(work)
@@ -41,7 +42,7 @@ def run_step(label: str, job: dict[str, Any], parent: dict[str, Any], tracking: 
         tracker.fail(run_id, error)
         raise
     tracker.step_done(run_id, work, result)
-    result["run_id"] = run_id
+    result |= {"run_id": run_id, "work_seconds": time.monotonic() - start}
     return Completed(name="Cached", message="found in the store", data=result) if result["cached"] else result
 
 
@@ -75,7 +76,7 @@ def _work(job: Job, parent: Path, store: Store, writer: Writer) -> Artifact:
     record = {
         "parent": job.parent_digest,
         "root": job.root["digest"],
-        "base": original.name,
+        "base": job.root["source"],
         "chain": _timed_chain(job, parent, seconds),
         "seed": job.seed,
         "seconds": round(seconds, 3),
@@ -84,12 +85,13 @@ def _work(job: Job, parent: Path, store: Store, writer: Writer) -> Artifact:
     }
     card = render_card(
         {
-            "title": f"{original.name}, {job.step}",
-            "base": original.name,
+            "title": f"{job.root['name']}, {job.step}",
+            "base": job.root["source"],
             "chain": record["chain"],
             "metrics": {},
             "recipe_yaml": job.recipe_yaml,
-            "how_to_load": "tensorpress",
+            "how_to_load": "plain" if plain_gptq(model) else "tensorpress",
+            "kind": model_kind(model),
             "licence": None,
         }
     )

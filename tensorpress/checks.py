@@ -37,7 +37,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     """Read config.json with transformers; remote code is never run. Raises InputError."""
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{folder / 'config.json'}: cannot be read: {_line(error)}") from None
     if not isinstance(raw, dict) or "model_type" not in raw:
         raise InputError(f"{folder / 'config.json'}: names no model_type")
@@ -50,25 +50,27 @@ def read_config(folder: Path) -> PretrainedConfig:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, from its index where it has one.
+    """The safetensors files of a model folder, the single one or those of its index.
 
     Raises InputError when there is none (naming pickles, which are refused), or the index leads out of the folder.
     """
+    single = folder / "model.safetensors"
+    if single.is_file():  # transformers takes it before an index
+        return [single]
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(f"{index}: is not an index of safetensors files") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            names = []
+        if not names:
+            raise InputError(f"{index}: is not an index of safetensors files")
         for name in names:
             if not isinstance(name, str) or Path(name).name != name:
                 raise InputError(f"{index}: names {name!r}, which lies outside the folder; shards lie beside the index")
             if not (folder / name).is_file():
                 raise InputError(f"{folder / name}: is missing, though {index.name} names it")
         return [folder / name for name in names]
-    single = folder / "model.safetensors"
-    if single.is_file():
-        return [single]
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
     if pickles:
         raise InputError(

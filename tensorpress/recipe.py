@@ -7,11 +7,12 @@ after a branching step is done once for each branch, and branches share everythi
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -19,6 +20,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from tensorpress.errors import InputError, nearest
 
 ROOT = "model"
+MOST_BRANCHES = 1000
+"""Nodes that `each` may make of one step; more is a mistake, and would take for ever."""
+MOST_VALUES = 100_000
+"""Values of a recipe with its anchors written out; a few lines of anchors on anchors can stand for billions."""
 
 
 class Part(BaseModel):
@@ -160,14 +165,13 @@ def parse_text(
 ) -> Recipe:
     """Check a recipe given as YAML text; paths in it must lie in `folder` or the working folder. See `read`."""
     try:
-        data = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" line {where.line + 1}" if where else ""
-        raise InputError(f"{name}:{line} is not YAML: {getattr(error, 'problem', None) or error}") from None
+        data = _load_yaml(text)
+    except ValueError as error:
+        raise InputError(f"{name}:{error}") from None
     if not isinstance(data, dict):
         raise InputError(f"{name}: a recipe is a mapping with name, model, steps; found {_kind(data)}")
-    _refuse_paths_outside(data, folder, name)
+    overrides = tuple(overrides)
+    _refuse_paths_outside(data, folder, name, [override.partition("=")[0] for override in overrides])
     return parse(data, methods, measures, overrides)
 
 
@@ -182,7 +186,7 @@ def parse(
     except ValidationError as error:
         raise InputError(*_explain(error, "", Recipe)) from None
     problems = [
-        f"evaluate: {name!r} is not a measure{nearest(name, measures)}; known: {', '.join(sorted(measures))}"
+        f"evaluate: {_shown(name)} is not a measure{nearest(name, measures)}; known: {', '.join(sorted(measures))}"
         for name in recipe.evaluate.use
         if name not in measures
     ]
@@ -199,13 +203,45 @@ class _StrictLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen = set()
-        for key_node, _ in node.value:
+        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else []:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, str) and key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
             if isinstance(key, str):
                 seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _load_yaml(text: str) -> Any:
+    """The value of a YAML text. Raises ValueError that says what is wrong, and in which line where that is known."""
+    try:
+        value = yaml.load(text, Loader=_StrictLoader)
+        size = _size(value, {})
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" line {where.line + 1}" if where else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ValueError(f"{line} is not YAML: {problem}") from None
+    except RecursionError:
+        raise ValueError(" is not YAML that can be read: it is nested too deeply") from None
+    except Exception as error:  # PyYAML's constructors raise all sorts of things for values such as 2001-99-99
+        raise ValueError(f" is not YAML: it has a value that cannot be read ({_shown(str(error))})") from None
+    if size > MOST_VALUES:
+        raise ValueError(f" is not YAML that can be read: its anchors stand for more than {MOST_VALUES} values")
+    return value
+
+
+def _size(value: Any, known: dict[int, int]) -> int:
+    """Number of values in a value; one that holds itself is endless."""
+    if not isinstance(value, (dict, list, tuple)):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = MOST_VALUES + 1
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(value)]
 
 
 def _kind(value: Any) -> str:
@@ -224,13 +260,16 @@ def _override(data: dict[str, Any], override: str) -> None:
         if not isinstance(target, dict):
             raise InputError(f"--set {path}: {key} is not a mapping")
     try:
-        target[keys[-1]] = yaml.safe_load(value)
-    except yaml.YAMLError:
+        target[keys[-1]] = _load_yaml(value)
+    except ValueError:
         raise InputError(f"--set {path}: {value!r} is not a YAML value") from None
 
 
-def _refuse_paths_outside(data: dict[str, Any], folder: Path, name: str) -> None:
-    """A recipe from elsewhere must not read any file of this machine: its paths stay in its folder or the working one."""
+def _refuse_paths_outside(data: dict[str, Any], folder: Path, name: str, overridden: list[str]) -> None:
+    """A recipe from elsewhere must not read any file of this machine: its paths stay in its folder or the working one.
+
+    What the user overrides by name is the user's own.
+    """
     model = data.get("model")
     sections = data.get("data")
     found: list[tuple[str, Any]] = [("model.source", model.get("source"))] if isinstance(model, dict) else []
@@ -239,11 +278,14 @@ def _refuse_paths_outside(data: dict[str, Any], folder: Path, name: str) -> None
             found += [(f"data.{key}.{field}", section.get(field)) for field in ("source", "other", "pairs")]
     allowed = [folder.resolve(), Path.cwd().resolve()]
     for where, value in found:
-        if not isinstance(value, str) or not (
-            value.startswith(("/", "~")) or ".." in Path(value).parts or Path(value).exists()
-        ):
+        if not isinstance(value, str) or any(f"{where}.".startswith(f"{key}.") for key in overridden):
             continue
-        target = Path(value).expanduser().resolve()
+        try:
+            if not (value.startswith(("/", "~")) or ".." in Path(value).parts or Path(value).exists()):
+                continue
+            target = Path(value).expanduser().resolve()
+        except (OSError, RuntimeError, ValueError):
+            raise InputError(f"{where}: {_shown(value)} cannot be a path") from None
         if not any(target.is_relative_to(place) for place in allowed):
             raise InputError(
                 f"{where}: {value} lies outside the recipe's folder and the working folder; "
@@ -280,9 +322,8 @@ def _fields_at(model: Any, location: tuple[Any, ...]) -> list[str]:
         field = getattr(model, "model_fields", {}).get(key)
         if field is None:
             continue
-        annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            model = annotation
+        kinds = [field.annotation, *get_args(field.annotation)]
+        model = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), model)
     return list(getattr(model, "model_fields", {}))
 
 
@@ -297,10 +338,11 @@ def _order_problems(steps: dict[str, dict[str, Any]]) -> list[str]:
         after = step.get("after")
         if after is None:
             problems.append(f"steps.{name}.after: is missing; it names a step, or `{ROOT}`")
+        elif not isinstance(after, str):
+            problems.append(f"steps.{name}.after: found {_shown(after)}, expected the name of one step, or `{ROOT}`")
         elif after not in steps and after != ROOT:
-            problems.append(
-                f"steps.{name}.after: no step {after!r}{nearest(str(after), [*steps, ROOT])}; known: {', '.join([ROOT, *steps])}"
-            )
+            hint = nearest(after, [*steps, ROOT])
+            problems.append(f"steps.{name}.after: no step {_shown(after)}{hint}; known: {', '.join([ROOT, *steps])}")
     if problems:
         return problems
     for name in steps:
@@ -321,6 +363,7 @@ def _expand(recipe: Recipe, methods: Mapping[str, type[Method]]) -> tuple[Node, 
         step = waiting.pop(name)
         parents = made.get(step["after"]) or [None]
         made[name] = []
+        _refuse_endless(name, step, len(parents))
         for choice, values in _choices(name, step):
             method = _method(name, values, methods, problems)
             if method is None:
@@ -333,6 +376,13 @@ def _expand(recipe: Recipe, methods: Mapping[str, type[Method]]) -> tuple[Node, 
     return tuple(node for nodes in made.values() for node in nodes)
 
 
+def _refuse_endless(name: str, step: dict[str, Any], parents: int) -> None:
+    lists = [v["each"] for v in step.values() if isinstance(v, dict) and isinstance(v.get("each"), list)]
+    count = parents * math.prod(len(values) for values in lists)
+    if count > MOST_BRANCHES:
+        raise InputError(f"steps.{name}: `each` makes {count} branches of it; at most {MOST_BRANCHES} can be")
+
+
 def _choices(name: str, step: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     fixed = {key: value for key, value in step.items() if key != "after"}
     branching: dict[str, list[Any]] = {}
@@ -340,6 +390,8 @@ def _choices(name: str, step: dict[str, Any]) -> list[tuple[str, dict[str, Any]]
         if isinstance(value, dict) and "each" in value:
             if set(value) != {"each"} or not isinstance(value["each"], list) or not value["each"]:
                 raise InputError(f"steps.{name}.{key}: `each` takes a list of values, and stands alone")
+            if not all(_is_plain(choice) for choice in value["each"]):
+                raise InputError(f"steps.{name}.{key}: `each` takes plain values, or lists of them")
             branching[key] = value["each"]
     result = []
     for combination in itertools.product(*branching.values()):
@@ -351,6 +403,10 @@ def _choices(name: str, step: dict[str, Any]) -> list[tuple[str, dict[str, Any]]
     return result
 
 
+def _is_plain(value: Any) -> bool:
+    return all(v is None or isinstance(v, (str, int, float)) for v in (value if isinstance(value, list) else [value]))
+
+
 def _method(
     name: str, values: dict[str, Any], methods: Mapping[str, type[Method]], problems: list[str]
 ) -> Method | None:
@@ -359,9 +415,8 @@ def _method(
         problems.append(f"steps.{name}.use: is missing; known methods: {', '.join(sorted(methods))}")
         return None
     if not isinstance(use, str) or use not in methods:
-        problems.append(
-            f"steps.{name}.use: no method {use!r}{nearest(str(use), methods)}; known: {', '.join(sorted(methods))}"
-        )
+        hint = nearest(use, methods) if isinstance(use, str) else ""
+        problems.append(f"steps.{name}.use: no method {_shown(use)}{hint}; known: {', '.join(sorted(methods))}")
         return None
     try:
         return methods[use].model_validate(values)

@@ -48,9 +48,13 @@ def resolve(source: str, revision: str | None = None) -> Path:
     """
     if source == "demo":
         return demo_folder()
-    path = Path(source).expanduser()
-    if path.exists() or source.startswith(("/", ".", "~")) or source.count("/") != 1:
-        if path.exists():
+    try:
+        path = Path(source).expanduser()
+        there = path.exists()
+    except (OSError, RuntimeError, ValueError):  # too long, a home of nobody, a null character
+        path, there = Path(), False
+    if there or source.startswith(("/", ".", "~")) or source.count("/") != 1:
+        if there:
             return path
         raise InputError(
             f"model.source: no such folder: {source}; a model is `demo`, a folder, or a hub id (owner/name)"
@@ -102,8 +106,9 @@ def _from_hub(name: str, revision: str | None) -> Path:
         pass
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
-        httpx.head(endpoint, timeout=HUB_TIMEOUT, follow_redirects=False)
-    except (httpx.HTTPError, OSError):
+        # What is asked first below, without a limit of time: here with one.
+        httpx.head(f"{endpoint}/api/models/{name}", timeout=HUB_TIMEOUT, follow_redirects=False)
+    except (httpx.HTTPError, httpx.InvalidURL, OSError):
         raise InputError(f"model.source: {name} is not a folder here, and no model hub answers at {endpoint}") from None
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, etag_timeout=HUB_TIMEOUT))

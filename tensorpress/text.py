@@ -34,18 +34,15 @@ class Text:
 
 def read_text(source: str, split: str, where: str) -> Text:
     """Read a text: `demo` with a split, or a UTF-8 file. `where` names the recipe's key in errors. Raises InputError."""
-    if source == "demo":
-        path = demo_folder() / DEMO_TEXTS[split]
-        name = f"demo/{split}"
-    else:
-        path, name = Path(source).expanduser(), Path(source).name
+    name = f"demo/{split}" if source == "demo" else Path(source).name
     try:
+        path = demo_folder() / DEMO_TEXTS[split] if source == "demo" else Path(source).expanduser()
         content = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(f"{where}: no such file: {source}; a text is `demo` or a UTF-8 file") from None
     except IsADirectoryError:
         raise InputError(f"{where}: {source} is a folder; a text is `demo` or a UTF-8 file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"{where}: {source} cannot be read as UTF-8 text: {error}") from None
     if not content.strip():
         raise InputError(f"{where}: the text {source} is empty")
