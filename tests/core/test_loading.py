@@ -1,0 +1,230 @@
+"""Artifacts of any mix of layers, opened by transformers and by tensorpress, with the logits of the model in memory."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+import tensorpress
+from tensorpress.artifact import save_model
+from tensorpress.compressors.decompose.mpo import MPO
+from tensorpress.compressors.quantize.gptq import GPTQ
+from tensorpress.errors import InputError
+from tensorpress.kernels.mpo_linear import MPOLinear
+from tensorpress.kernels.quantized_linear import QuantizedLinear
+from tensorpress.loading import apply_layers, layers_of, load, module_from_spec, register
+from tensorpress.structure import find_structure, remove_sublayer
+
+NAMES = ["llama", "gpt2", "bert", "gemma3", "opt", "gpt_neox"]
+
+
+@pytest.fixture
+def mixed(make_model, make_calibration):
+    """A model with MPO layers, GPTQ layers, dense ones, and gaps where sublayers were."""
+
+    def make(name, **changes):
+        model, calibration = make_model(name, **changes), make_calibration(4, 10)
+        structure = find_structure(model)
+        MPO(keep=0.6, layers=(structure.blocks[1].linear_paths[-1], structure.blocks[0].linear_paths[-2])).compress(
+            model, calibration
+        )
+        remove_sublayer(model, find_structure(model).blocks[0].attention)
+        remove_sublayer(model, find_structure(model).blocks[2].feed_forward)
+        GPTQ(bits=3, group_size=16).compress(model, calibration)
+        return model
+
+    return make
+
+
+def auto(name):
+    return AutoModel if name == "bert" else AutoModelForCausalLM
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mix_opens_with_equal_logits(mixed, make_ids, outputs, tmp_path, name, tied):
+    model, ids = mixed(name, tie_word_embeddings=tied), make_ids(2, 9)
+    kinds = {spec["form"] for spec in layers_of(model).values()}
+    assert {"mpo", "gptq", "removed_attention"} <= kinds
+    save_model(model, tmp_path, torch.float32)
+    expected = outputs(model, ids)
+    for opened in (load(tmp_path), auto(name).from_pretrained(tmp_path).eval()):
+        assert type(opened) is type(model) and layers_of(opened) == layers_of(model)
+        torch.testing.assert_close(outputs(opened, ids), expected, rtol=0, atol=1e-5)
+    assert not load(tmp_path).training
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_bfloat16(mixed, make_ids, outputs, tmp_path, name):
+    """Stored in bfloat16: the model in memory is rounded, and both precisions of arithmetic agree with it."""
+    model, ids = mixed(name), make_ids(2, 9)
+    save_model(model, tmp_path, torch.bfloat16)
+    assert next(model.parameters()).dtype == torch.float32
+    worked = load(tmp_path, dtype=torch.float32)
+    torch.testing.assert_close(outputs(worked, ids), outputs(model, ids), rtol=0, atol=1e-5)
+    stored = load(tmp_path)
+    assert next(stored.parameters()).dtype == torch.bfloat16
+    expected = outputs(copy.deepcopy(model).to(torch.bfloat16), ids)
+    assert (outputs(stored, ids) - expected).abs().max() <= 1e-2 * max(1, float(expected.abs().max()))
+    assert all(m.scales.dtype == torch.float16 for m in stored.modules() if isinstance(m, QuantizedLinear))
+    floats = {n: t.dtype for n, t in load_file(tmp_path / "model.safetensors").items() if t.is_floating_point()}
+    assert {d for n, d in floats.items() if not n.endswith((".scales", ".bias"))} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("plain", [True, False])
+def test_saved_again_it_is_the_same_again(mixed, make_model, make_calibration, tmp_path, name, plain):
+    if plain:
+        model, _ = GPTQ(bits=4, group_size=16).compress(make_model(name), make_calibration())
+    else:
+        model = mixed(name)
+    first, second, third = tmp_path / "1", tmp_path / "2", tmp_path / "3"
+    for folder in (first, second, third):
+        folder.mkdir()
+    save_model(model, first, torch.float32)
+    load(first).save_pretrained(second)
+    save_model(load(first), third, torch.float32)
+    expected = load_file(first / "model.safetensors")
+    for folder in (second, third):
+        found = load_file(folder / "model.safetensors")
+        assert found.keys() == expected.keys()
+        assert all(
+            torch.equal(found[key], expected[key]) and found[key].dtype == expected[key].dtype for key in expected
+        )
+        opened = load(folder)
+        assert layers_of(opened) == layers_of(load(first))
+    method = json.loads((first / "config.json").read_text())["quantization_config"]["quant_method"]
+    assert json.loads((third / "config.json").read_text())["quantization_config"]["quant_method"] == method
+    assert method == ("gptq" if plain else "tensorpress")
+
+
+def test_plain_gptq_opens_with_transformers_alone_in_the_call(
+    make_model, make_calibration, make_ids, outputs, tmp_path
+):
+    """In a fresh process that imports tensorpress and calls `AutoModelForCausalLM.from_pretrained`, without gptqmodel."""
+    model, _ = GPTQ(bits=4, group_size=16).compress(make_model("llama"), make_calibration())
+    save_model(model, tmp_path, torch.float32)
+    ids = make_ids(1, 8)
+    code = (
+        "import sys, json, tensorpress, torch\nfrom transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()\n"
+        "ids = torch.tensor(json.loads(sys.argv[2]))\n"
+        "print(json.dumps(model(input_ids=ids).logits.tolist()))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, tmp_path, json.dumps(ids.tolist())], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = torch.tensor(json.loads(run.stdout.splitlines()[-1])).double()
+    torch.testing.assert_close(found, outputs(model, ids), rtol=0, atol=1e-5)
+
+
+def test_shards(make_model, make_calibration, make_ids, outputs, tmp_path, monkeypatch):
+    monkeypatch.setattr("tensorpress.artifact.SHARD", "20KB")
+    model, _ = GPTQ(bits=4, group_size=16).compress(make_model("llama"), make_calibration())
+    save_model(model, tmp_path, torch.float32)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    ids = make_ids(2, 7)
+    torch.testing.assert_close(outputs(load(tmp_path), ids), outputs(model, ids), rtol=0, atol=1e-5)
+
+
+def test_registration_twice_is_safe():
+    before = dict(AUTO_QUANTIZER_MAPPING)
+    register()
+    register()
+    assert before == AUTO_QUANTIZER_MAPPING and tensorpress.loading.METHOD in AUTO_QUANTIZER_MAPPING
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_cached_decoding_of_a_loaded_artifact(make_model, make_ids, tmp_path, name):
+    """The cache's trap again, for the indices must come back with the folder."""
+    model, ids = make_model(name), make_ids(2, 10)
+    remove_sublayer(model, find_structure(model).blocks[0].attention)
+    save_model(model, tmp_path, torch.float32)
+    opened = load(tmp_path)
+    with torch.no_grad():
+        full = opened(input_ids=ids, use_cache=False).logits
+        past = opened(input_ids=ids[:, :6], use_cache=True).past_key_values
+        assert past.get_seq_length() == 6
+        rest = opened(input_ids=ids[:, 6:], past_key_values=past).logits
+    torch.testing.assert_close(rest, full[:, 6:], rtol=1e-4, atol=1e-4)
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    texts = [opened.generate(ids, use_cache=cache, **settings) for cache in (True, False)]
+    assert torch.equal(*texts)
+
+
+@pytest.fixture
+def saved(make_model, make_calibration, tmp_path):
+    model, _ = MPO(keep=0.5).compress(make_model("llama"), make_calibration())
+    save_model(model, tmp_path, torch.float32)
+
+    def change(edit):
+        config = json.loads((tmp_path / "config.json").read_text())
+        edit(config["quantization_config"])
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return tmp_path
+
+    return change
+
+
+FIRST = "model.layers.0.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("edit", "parts"),
+    [
+        (lambda q: q["layers"][FIRST].update(form="tucker"), ["unknown form 'tucker'", "known: mpo, gptq, removed"]),
+        (lambda q: q.update(format_version=2), ["artifact format 2 is newer than this tensorpress reads .1."]),
+        (
+            lambda q: q["layers"].update({"model.layers.9.mlp": {"form": "removed"}}),
+            ["layer model.layers.9.mlp is not in Llama"],
+        ),
+    ],
+)
+def test_artifacts_that_cannot_be_read(saved, one_line, edit, parts):
+    folder = saved(edit)
+    for open_it in (load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(InputError) as caught:
+            open_it(folder)
+        one_line(caught, *parts)
+
+
+def test_forms_and_paths(make_model, one_line):
+    model = make_model("llama")
+    with pytest.raises(InputError) as caught:
+        apply_layers(model, {"model.layers.0.mlp.side_proj": {"form": "removed", "out_features": 3}})
+    one_line(caught, "layer model.layers.0.mlp.side_proj is not in LlamaForCausalLM")
+    for spec in ({"form": None}, {}):
+        with pytest.raises(InputError):
+            module_from_spec(spec)
+    before = layers_of(model)
+    apply_layers(model, {FIRST: {"form": "removed", "out_features": 48}})
+    assert before == {} and layers_of(model) == {FIRST: {"form": "removed", "out_features": 48}}
+
+
+@pytest.mark.parametrize("make_it", ["missing", "file", "empty"])
+def test_what_is_no_folder_is_one_line(tmp_path, one_line, make_it):
+    path = tmp_path / "x"
+    if make_it == "file":
+        path.write_text("hello")
+    if make_it == "empty":
+        path.mkdir()
+    with pytest.raises(InputError) as caught:
+        load(path)
+    one_line(caught, {"missing": "no such folder", "file": "is a file", "empty": "has no config.json"}[make_it])
+
+
+def test_kernels_are_chosen_or_refused(saved, one_line):
+    folder = saved(lambda q: None)
+    for name in ("auto", "reference", "dense"):
+        model = load(folder, kernels=name)
+        assert {m.kernel for m in model.modules() if isinstance(m, MPOLinear)} == {name}
+    with pytest.raises(InputError) as caught:
+        load(folder, kernels="cuda9")
+    one_line(caught, "kernels: 'cuda9' is not known; known: auto, ")
