@@ -82,12 +82,16 @@ class Speed(Evaluator):
 
     def __init__(
         self,
-        prompt_tokens: int = PROMPT_TOKENS,
-        new_tokens: int = NEW_TOKENS,
-        repeats: int = REPEATS,
-        budget: float = BUDGET,
+        prompt_tokens: int | None = None,
+        new_tokens: int | None = None,
+        repeats: int | None = None,
+        budget: float | None = None,
     ):
-        self.prompt_tokens, self.new_tokens, self.repeats, self.budget = prompt_tokens, new_tokens, repeats, budget
+        """Take the class's own figures where none are given."""
+        self.prompt_tokens = self.PROMPT_TOKENS if prompt_tokens is None else prompt_tokens
+        self.new_tokens = self.NEW_TOKENS if new_tokens is None else new_tokens
+        self.repeats = self.REPEATS if repeats is None else repeats
+        self.budget = self.BUDGET if budget is None else budget
 
     def evaluate(self, subject: Subject, data: EvaluationData, progress: Progress = no_progress) -> Measurement:
         model = subject.model
