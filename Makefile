@@ -24,13 +24,17 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 
 # mypy cannot follow an editable install: it checks the installed wheel.
-types: $(STAMP)
-	rm -rf build/types build/lib
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/types .
+types: build/types/tensorpress
 	cd build/types && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --python-executable ../../$(BIN)/python -p tensorpress
 
-imports: $(STAMP)
-	$(BIN)/lint-imports
+# So does the check of the imports' direction.
+imports: build/types/tensorpress
+	cd build/types && PYTHONPATH=. ../../$(BIN)/lint-imports --config ../../pyproject.toml --no-cache
+
+.PHONY: build/types/tensorpress
+build/types/tensorpress: $(STAMP)
+	rm -rf build/types build/lib
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/types .
 
 tests: $(STAMP)
 	$(BIN)/python -m pytest -q

@@ -68,6 +68,8 @@ class Evaluator(ABC):
     name: ClassVar[str]
     kinds: ClassVar[tuple[str, ...]] = ("causal",)
     """Kinds of model that it can measure; others are skipped where the measure is not asked for by name."""
+    gives: ClassVar[tuple[str, ...]] = ()
+    """Names of the metrics that it can give, those that are relative to the original included."""
     timed: ClassVar[bool] = False
     """Whether the figures depend on the machine (they are then remembered for this machine alone)."""
 

@@ -67,6 +67,11 @@ class Fidelity(Evaluator):
     """
 
     name = "fidelity"
+    gives = (
+        "kl_divergence",
+        "top1_agreement",
+        "embedding_cosine",
+    )
     kinds = ("causal", "encoder")
     TOKENS = 16_384
 

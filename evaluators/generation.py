@@ -134,6 +134,7 @@ class Generation(Evaluator):
     """
 
     name = "generation"
+    gives = ("parsable_functions",)
     SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 4, 32, 64
     FUNCTIONS, CONTEXT_TOKENS = 24, 96
 

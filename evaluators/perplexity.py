@@ -91,6 +91,14 @@ class Perplexity(Evaluator):
     """`perplexity` and `bits_per_byte`, and both with `_other` on the text of another domain."""
 
     name = "perplexity"
+    gives = (
+        "perplexity",
+        "perplexity_ratio",
+        "bits_per_byte",
+        "perplexity_other",
+        "perplexity_ratio_other",
+        "bits_per_byte_other",
+    )
 
     def evaluate(self, subject: Subject, data: EvaluationData, progress: Progress = no_progress) -> Measurement:
         """Measure the model alone; `catalog.relative_metrics` sets it beside the original.

@@ -92,6 +92,13 @@ class Size(Evaluator):
     """
 
     name = "size"
+    gives = (
+        "bytes",
+        "weight_bytes",
+        "size_ratio",
+        "bits_per_parameter",
+        "parameters",
+    )
     kinds = ("causal", "encoder")
 
     def evaluate(self, subject: Subject, data: EvaluationData, progress: Progress = no_progress) -> Measurement:

@@ -75,6 +75,15 @@ class Speed(Evaluator):
     """
 
     name = "speed"
+    gives = (
+        "prefill_tokens_per_second",
+        "decode_tokens_per_second",
+        "prefill_speedup",
+        "decode_speedup",
+        "peak_memory_bytes",
+        "original_prefill_tokens_per_second",
+        "original_decode_tokens_per_second",
+    )
     kinds = ("causal", "encoder")
     timed = True
     PROMPT_TOKENS, NEW_TOKENS = 128, 32

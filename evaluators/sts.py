@@ -93,6 +93,7 @@ class STS(Evaluator):
     """`sts_spearman`: Spearman's rank correlation between cosines and scores, times 100."""
 
     name = "sts"
+    gives = ("sts_spearman",)
     kinds = ("encoder",)
     LENGTH, BATCH = 64, 64
 

@@ -17,7 +17,7 @@ from tensorpress.artifact import Store
 from tensorpress.checks import check_folder, read_config, weight_files
 from tensorpress.compressors.base import Compressor
 from tensorpress.compressors.catalog import METHODS
-from tensorpress.errors import InputError
+from tensorpress.errors import InputError, nearest
 from tensorpress.evaluators.catalog import MEASURES, applicable
 from tensorpress.kernels import registry
 from tensorpress.recipe import ROOT, Node, Recipe
@@ -197,6 +197,10 @@ def _check_measures(recipe: Recipe, kind: Kind) -> None:
         if not applicable(name, kind):
             usable = ", ".join(n for n in MEASURES if applicable(n, kind))
             raise InputError(f"evaluate: {name} cannot measure a model of kind {kind}; usable: {usable}")
+    known = {metric for name in recipe.evaluate.use for metric in MEASURES[name].gives} | {"step_seconds"}
+    for name in recipe.gates:
+        if name not in known:
+            raise InputError(f"gates.{name}: is not measured by {', '.join(recipe.evaluate.use)}{nearest(name, known)}")
     if "sts" in recipe.evaluate.use and recipe.data.evaluation.pairs is None:
         raise InputError("data.evaluation.pairs: is missing; sts needs a CSV of sentence pairs")
 

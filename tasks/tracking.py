@@ -17,7 +17,7 @@ from typing import Any
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
-os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")
 
 from filelock import FileLock
 from matplotlib.figure import Figure
@@ -29,7 +29,7 @@ from tensorpress.errors import InputError
 from tensorpress.tasks.planning import Job, Plan
 
 for _name in ("mlflow", "alembic"):
-    logging.getLogger(_name).setLevel(logging.WARNING)
+    logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 LONGEST = 5000
 """Characters of a tag's value that are kept."""
@@ -175,7 +175,7 @@ class Tracker:
 
 def read_run(store: Path, run_id: str) -> dict[str, Any]:
     """The run document of a parent run. Raises InputError when there is no such run or it has none."""
-    client = open_client(store)
+    client = MlflowClient(tracking_uri(store))
     run = find_run(client, run_id)
     path = run.data.tags.get("mlflow.parentRunId")
     run_id = path or run.info.run_id
@@ -201,6 +201,8 @@ def find_run(client: MlflowClient, name: str) -> Any:
     ]
     if len(matches) == 1:
         return matches[0]
+    if matches:
+        raise InputError(f"run {name}: several begin so: {', '.join(run.info.run_id[:12] for run in matches)}")
     try:
         return client.get_run(name)
     except MlflowException:

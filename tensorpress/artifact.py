@@ -254,6 +254,7 @@ def save_model(model: PreTrainedModel, folder: Path, stored: torch.dtype) -> Non
     A model whose block layers are all GPTQ of one kind is written in the standard GPTQ layout.
     """
     worked = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    quantized = {m: m.bias.dtype for m in model.modules() if isinstance(m, QuantizedLinear) and m.bias is not None}
     model.config.dtype = stored
     layers = layers_of(model)
     plain = plain_gptq(model) if layers else None
@@ -267,10 +268,14 @@ def save_model(model: PreTrainedModel, folder: Path, stored: torch.dtype) -> Non
     try:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(stored)
+        for layer in quantized:
+            layer.bias = None if layer.bias is None else layer.bias.to(stored)
         model.save_pretrained(folder, max_shard_size=SHARD)
     finally:
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(worked[name])
+        for layer, dtype in quantized.items():
+            layer.bias = None if layer.bias is None else layer.bias.to(dtype)
 
 
 def plain_gptq(model: PreTrainedModel) -> dict[str, Any] | None:

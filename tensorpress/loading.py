@@ -48,6 +48,8 @@ class TensorpressConfig(QuantizationConfigMixin):
 class TensorpressQuantizer(HfQuantizer):
     """Rebuilds an artifact's modules on the meta device; transformers then reads the weights into them."""
 
+    quantization_config: TensorpressConfig
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         version = self.quantization_config.format_version
         if version > FORMAT_VERSION:
@@ -135,12 +137,15 @@ def apply_layers(model: nn.Module, layers: dict[str, dict]) -> None:
 def module_from_spec(spec: dict[str, Any]) -> nn.Module:
     """Build the empty module that a spec describes, with parameters that need no gradient."""
     form = spec.get("form")
-    if form == "mpo":
-        return MPOLinear.from_spec(spec)
-    if form == "gptq":
-        return QuantizedLinear.from_spec(spec)
-    if form in ("removed", "removed_attention", "removed_norm"):
-        return stub_from_spec(spec)
+    try:
+        if form == "mpo":
+            return MPOLinear.from_spec(spec)
+        if form == "gptq":
+            return QuantizedLinear.from_spec(spec)
+        if form in ("removed", "removed_attention", "removed_norm"):
+            return stub_from_spec(spec)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"artifact: a layer of form {form} is described wrongly: {error}") from None
     raise InputError(f"artifact: unknown form {form!r} of a layer; known: mpo, gptq, removed")
 
 

@@ -361,7 +361,7 @@ def _expand(recipe: Recipe, methods: Mapping[str, type[Method]]) -> tuple[Node, 
     while waiting:
         name = next(n for n, step in waiting.items() if step["after"] == ROOT or step["after"] in made)
         step = waiting.pop(name)
-        parents = made.get(step["after"]) or [None]
+        parents: list[Node | None] = [*made.get(step["after"], [])] or [None]
         made[name] = []
         _refuse_endless(name, step, len(parents))
         for choice, values in _choices(name, step):

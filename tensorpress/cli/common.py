@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,7 +69,16 @@ def write_json(path: Path | None, value: Any) -> None:
         return
     from tensorpress.artifact import write_whole
 
-    write_whole(path.absolute(), json.dumps(value, indent=1, default=str) + "\n")
+    write_whole(path.absolute(), json.dumps(finite(value), indent=1, default=str, allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """A value for JSON, which has no NaN and no infinity: they become text."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

@@ -95,7 +95,7 @@ def plan(
     made = _prepare(_parameters(recipe, overrides, store, "auto"))
     expected = estimate(made)
     console.print(plan_tree(expected["nodes"]))
-    console.print(expected["summary"])
+    console.print(expected["summary"], soft_wrap=True)
     write_json(json_file, expected)
 
 

@@ -163,8 +163,9 @@ def test_gate_that_does_not_hold_gives_exit_code_3(address, recipe, tensorpress_
     assert document["gates"]["perplexity_ratio"]["holds"] and not document["gates"]["size_ratio"]["holds"]
 
 
-def test_gate_on_a_metric_that_was_not_measured_does_not_hold(address, recipe, tensorpress_run):
-    assert tensorpress_run("run", recipe(evaluate=["size"], gates={"perplexity": {"max": 1e9}})).code == 3
+def test_gate_on_a_metric_that_is_not_measured_is_refused(recipe, tensorpress_run):
+    result = tensorpress_run("run", recipe(evaluate=["size"], gates={"perplexity": {"max": 9}}))
+    assert result.code == 2 and "gates.perplexity" in result.err and not Path("mlruns").exists()
 
 
 def test_encoders_go_through_every_step(address, recipe, tensorpress_run):
