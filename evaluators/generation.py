@@ -136,7 +136,7 @@ class Generation(Evaluator):
     name = "generation"
     gives = ("parsable_functions",)
     SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 4, 32, 64
-    FUNCTIONS, CONTEXT_TOKENS = 24, 96
+    FUNCTIONS, CONTEXT_TOKENS = 12, 96
 
     def evaluate(self, subject: Subject, data: EvaluationData, progress: Progress = no_progress) -> Measurement:
         result = Measurement({}, {"decoding": "greedy"}, {"samples.txt": self._samples(subject.model, data)})

@@ -87,7 +87,7 @@ class Speed(Evaluator):
     kinds = ("causal", "encoder")
     timed = True
     PROMPT_TOKENS, NEW_TOKENS = 128, 32
-    REPEATS, FEWEST, BUDGET = 5, 3, 12.0
+    REPEATS, FEWEST, BUDGET = 5, 3, 4.0
 
     def __init__(
         self,

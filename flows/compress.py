@@ -81,11 +81,11 @@ def _run(plan: Plan, tracker: Tracker, kernels: str) -> dict[str, Any]:
     steps: dict[str, PrefectFuture[Any]] = {}
     for name, job in plan.jobs.items():
         parent = steps.get(job.parent, root)
-        steps[name] = run_step.submit(name, job.to_dict(), parent, handle)  # type: ignore[arg-type]
+        steps[name] = run_step.submit(name, job.to_dict(), parent, handle)  # type: ignore[call-overload]
     asked = _evaluation_job(plan, kernels)
-    original = run_evaluation.submit("original", asked, root, None, handle)  # type: ignore[arg-type]
+    original = run_evaluation.submit("original", asked, root, None, handle)  # type: ignore[call-overload]
     measured = {
-        name: run_evaluation.submit(name, asked, steps[name], original, handle)  # type: ignore[arg-type]
+        name: run_evaluation.submit(name, asked, steps[name], original, handle)  # type: ignore[call-overload]
         for name in plan.evaluated
     }
     results = {name: _outcome(future) for name, future in steps.items()}

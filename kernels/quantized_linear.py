@@ -66,7 +66,8 @@ class QuantizedLinear(nn.Module):
         zero_offset: int = 1,
     ) -> QuantizedLinear:
         """Pack integers [K, N], zeros [G, N], scales [G, N] and the group of each input [K]."""
-        layer = cls(*values.shape, bits, group_size, bias=bias is not None, zero_offset=zero_offset)
+        inputs, outputs = values.shape
+        layer = cls(inputs, outputs, bits, group_size, bias=bias is not None, zero_offset=zero_offset)
         layer.qweight = pack(values, bits)
         layer.qzeros = pack((zeros - zero_offset).T.contiguous(), bits).T.contiguous()
         layer.scales = scales.to(torch.float16)

@@ -11,7 +11,6 @@ import torch
 import transformers
 from transformers import PretrainedConfig
 
-import tensorpress
 from tensorpress import digest
 from tensorpress.artifact import Store
 from tensorpress.checks import check_folder, read_config, weight_files
@@ -123,7 +122,7 @@ def known_source(folder: Path, store: Store) -> ModelHandle:
 
 def code_fingerprint(use: str) -> str:
     """Digest of the code that a method's result depends on: its own file, what it shares with others, and library versions."""
-    package = Path(tensorpress.__file__).parent
+    package = Path(digest.__file__).parent
     method = Path(_source_file(METHODS[use]))
     shared = [_source_folder("tensorpress.compressors"), _source_folder("tensorpress.kernels")]
     files = [package / name for name in ("structure.py", "loading.py", "artifact.py", "text.py")]

@@ -19,6 +19,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")
 
+import psutil
 from filelock import FileLock
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
@@ -65,6 +66,7 @@ class Tracker:
         """Open the parent run before anything works, with the recipe and what it will do."""
         store = plan.store.root
         client = _client(store)
+        close_dead_runs(client)
         name = f"{Path(plan.root.path).name or 'model'} on {Path(plan.recipe.data.evaluation.source).name}"
         experiment = _experiment(client, name, store)
         tags = {
@@ -171,6 +173,37 @@ class Tracker:
             write(path)
             parent = str(Path(name).parent)
             self.client.log_artifact(run_id, str(path), None if parent == "." else parent)
+
+
+def close_dead_runs(client: MlflowClient) -> None:
+    """Mark as killed the runs of this machine that are still called running though their process is gone."""
+    for run in _running(client):
+        pid = run.data.tags.get("tensorpress.pid", "")
+        if (
+            run.data.tags.get("tensorpress.host") == platform.node()
+            and pid.isdigit()
+            and not psutil.pid_exists(int(pid))
+        ):
+            _kill(client, run)
+
+
+def close_runs_of(store: Path, pid: int) -> None:
+    """Mark as killed what process `pid` has running."""
+    client = _client(store)
+    for run in _running(client):
+        if run.data.tags.get("tensorpress.pid") == str(pid):
+            _kill(client, run)
+
+
+def _running(client: MlflowClient, more: str = "") -> list[Any]:
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    return list(client.search_runs(experiments, f"attributes.status = 'RUNNING'{more}", max_results=1000))
+
+
+def _kill(client: MlflowClient, parent: Any) -> None:
+    children = _running(client, f" and tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    for run in (*children, parent):
+        client.set_terminated(run.info.run_id, "KILLED")
 
 
 def read_run(store: Path, run_id: str) -> dict[str, Any]:

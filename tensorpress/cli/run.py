@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextvars
+import os
+import signal
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,9 +23,13 @@ from tensorpress.cli.common import (
     check_json_target,
     console,
     progress_bars,
+    say_problem,
     write_json,
 )
 from tensorpress.errors import InputError
+
+if TYPE_CHECKING:
+    from tensorpress.flows.server import PrefectServer
 
 RecipeArgument = Annotated[
     str, typer.Argument(help="A recipe file, or the name of a recipe that comes with tensorpress.")
@@ -73,8 +83,8 @@ def run(
         from tensorpress.tasks.tracking import open_client
 
         open_client(store.absolute())
-        with connected(server.wait()), progress_bars():
-            document = compress(CompressParameters(**parameters))
+        with connected(server.wait()), _stoppable(server, store.absolute()), progress_bars():
+            document = _in_thread(lambda: compress(CompressParameters(**parameters)))
     document["wall_seconds"] = round(time.monotonic() - start, 3)
     write_json(json_file, contract(document))
     _show(document, store)
@@ -141,6 +151,32 @@ def _prepare(parameters: dict[str, Any]) -> Any:
         parameters["recipe"], METHODS, MEASURES, parameters["overrides"], Path(parameters["folder"])
     )
     return make_plan(recipe, Store(parameters["store"]), parameters["recipe"])
+
+
+def _in_thread(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Run the flow beside the main thread, which stays free for signals: a long step must not hold up Ctrl-C."""
+    context = contextvars.copy_context()
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(context.run, work).result()
+
+
+@contextmanager
+def _stoppable(server: PrefectServer, store: Path) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the run at once: the server goes, MLflow hears of it, a half-written artifact never had its name."""
+    from tensorpress.tasks.tracking import close_runs_of
+
+    def stop(number: int, frame: Any) -> None:
+        server.stop()
+        close_runs_of(store, os.getpid())
+        say_problem("stopped; what was finished is kept, run the same command again to go on")
+        os._exit(130)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _show(document: dict[str, Any], store: Path) -> None:
