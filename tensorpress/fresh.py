@@ -29,7 +29,9 @@ def main() -> None:
         with torch.no_grad():
             output = model(input_ids=probe["ids"].to(model.device))[0].float().cpu()
         difference = (output - probe["output"].cpu()).abs().max()
-        answer: dict[str, object] = {"difference": float(difference) if bool(torch.isfinite(difference)) else float("inf")}
+        answer: dict[str, object] = {
+            "difference": float(difference) if bool(torch.isfinite(difference)) else float("inf")
+        }
     except Exception as error:
         answer = {"error": f"{type(error).__name__}: {error}"}
     print(json.dumps(answer), file=answer_to, flush=True)

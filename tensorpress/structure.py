@@ -163,7 +163,8 @@ def renumber_attention(model: nn.Module) -> None:
         return
     heir = next((m for m in attentions if not types or types[int(m.layer_idx)] == types[0]), None)  # type: ignore[arg-type]
     if heir is None:
-        raise InputError(f"the last {(types or [""])[0]} attention cannot be removed: the key-value cache needs one of its kind")
+        kind = types[0] if types else ""
+        raise InputError(f"the last {kind} attention cannot be removed: the key-value cache needs one of its kind")
     heir.layer_idx = 0  # type: ignore[assignment]
 
 
