@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: quickstart test lint types imports tests install clean
+.PHONY: test-gptq quickstart test lint types imports tests install clean
 
 quickstart: $(STAMP)
 	$(BIN)/tensorpress run recipes/quickstart.yaml
@@ -38,6 +38,17 @@ build/types/tensorpress: $(STAMP)
 
 tests: $(STAMP)
 	$(BIN)/python -m pytest -q
+
+# The extra `gptq` needs another numpy: an environment of its own.
+GPTQ_VENV ?= .venv-gptq
+test-gptq:
+	mkdir -p build
+	grep -v '^numpy==' constraints.txt > build/constraints-gptq.txt
+	$(PYTHON) -m venv $(GPTQ_VENV)
+	$(GPTQ_VENV)/bin/python -m pip install --quiet -c build/constraints-gptq.txt torch numpy==2.2.6 setuptools wheel
+	$(GPTQ_VENV)/bin/python -m pip install --quiet -c build/constraints-gptq.txt gptqmodel==7.6.0 optimum
+	$(GPTQ_VENV)/bin/python -m pip install --quiet -c build/constraints-gptq.txt -e . pytest pytest-timeout
+	GPTQMODEL_CPU_WORKERS=2 $(GPTQ_VENV)/bin/python -m pytest -q -m extra tests/extra
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

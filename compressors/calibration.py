@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -170,17 +171,27 @@ class _Checkpoint:
     def restore(
         self, model: PreTrainedModel, structure: Structure
     ) -> tuple[list[LayerReport], int, list[torch.Tensor] | None]:
+        """What was saved last; a checkpoint that cannot be read (the disk was full) is thrown away, and nothing is restored."""
+        try:
+            return self._restore(model, structure)
+        except (OSError, ValueError, KeyError, SafetensorError):
+            self.clear()
+            return [], 0, None
+
+    def _restore(
+        self, model: PreTrainedModel, structure: Structure
+    ) -> tuple[list[LayerReport], int, list[torch.Tensor] | None]:
         if self.folder is None or not (self.folder / "walk.json").is_file():
             return [], 0, None
         state = json.loads((self.folder / "walk.json").read_text())
         rows: list[LayerReport] = []
+        hidden = load_file(self.folder / state["hidden"])
         for block in structure.blocks[: state["next"]]:
             saved = json.loads((self.folder / f"block-{block.index:05d}.json").read_text())
             apply_layers(model, {f"{block.path}.{path}": spec for path, spec in saved["layers"].items()})
             weights = load_file(self.folder / f"block-{block.index:05d}.safetensors")
             model.get_submodule(block.path).load_state_dict(weights, assign=True)
             rows += [LayerReport(**row) for row in saved["rows"]]
-        hidden = load_file(self.folder / state["hidden"])
         return rows, state["next"], [hidden[f"{i:05d}"] for i in range(len(hidden))]
 
     def save(self, model: PreTrainedModel, block: Block, rows: list[LayerReport], hidden: list[torch.Tensor]) -> None:

@@ -93,8 +93,9 @@ def _run(plan: Plan, tracker: Tracker, kernels: str) -> dict[str, Any]:
     first = _outcome(original)
     inside = sum(r.get("work_seconds", 0.0) for r in (*results.values(), *figures.values(), first))
     for name, result in results.items():
-        if result.get("run_id") and not result.get("error") and not figures.get(name, {}).get("error"):
-            tracker.close_step(result["run_id"])
+        problem = figures.get(name, {}).get("error")
+        if result.get("run_id"):
+            tracker.close_step(result["run_id"], problem)
     run = _document(plan, results, figures, first)
     run["_inside"] = min(inside, time.monotonic() - began)
     return run
@@ -133,7 +134,7 @@ def _document(
     artifacts = []
     for name, job in plan.jobs.items():
         result, measured = results[name], figures.get(name, {})
-        metrics = dict(measured.get("metrics", {}))
+        metrics = {**result.get("size", {}), **measured.get("metrics", {})}
         if "seconds" in result:
             metrics["step_seconds"] = result["seconds"]
         artifacts.append(
@@ -218,6 +219,8 @@ def _leave(run: dict[str, Any], tracker: Tracker) -> None:
     tracker.text(render(run), "report.html")
     tracker.text(json.dumps(run, indent=1, default=str), "run.json")
     worst = {f"worst.{name}": gate["worst"] for name, gate in run["gates"].items() if gate["worst"] is not None}
+    errors = [run["original_error"], *(f"{a['node']}: {a['error']}" for a in run["artifacts"] if a["error"])]
+    first = next((error for error in errors if error), None)
     tracker.finish(
-        run["verdict"], {"run_seconds": run["seconds"], "overhead_seconds": run["overhead_seconds"], **worst}
+        run["verdict"], first, {"run_seconds": run["seconds"], "overhead_seconds": run["overhead_seconds"], **worst}
     )

@@ -36,7 +36,7 @@ QUIET = {
 def answers(address: str, seconds: float = 0.5) -> bool:
     """Whether a Prefect API answers at `address` (as http://127.0.0.1:4200/api)."""
     try:
-        return httpx.get(f"{address}/health", timeout=seconds).json() is True
+        return httpx.get(f"{address}/health", timeout=seconds, trust_env=False).json() is True
     except (httpx.HTTPError, ValueError, OSError):
         return False
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import nn
 
 WORD = 32
 
@@ -45,8 +46,14 @@ def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     if WORD % bits == 0:
         shifts = torch.arange(0, WORD, bits, device=words.device, dtype=torch.int32)
         return ((words[:, None, :] >> shifts[None, :, None]) & mask).reshape(-1, words.shape[1])[:count]
-    wide = words.to(torch.int64) & 0xFFFFFFFF
-    wide = torch.cat([wide, wide.new_zeros(1, wide.shape[1])])
-    first = torch.arange(count, device=words.device) * bits
-    word, offset = first // WORD, (first % WORD)[:, None]
-    return (((wide[word] >> offset) | (wide[word + 1] << (WORD - offset))) & mask).to(torch.int32)
+    # 3 bits: every 32 values fill three words; a value is cut out of one word, or of two.
+    columns = words.shape[1]
+    threes = nn.functional.pad(words, (0, 0, 0, -len(words) % bits)).view(-1, bits, columns)
+    values = words.new_empty(len(threes), WORD, columns)
+    for place in range(WORD):
+        word, offset = divmod(place * bits, WORD)
+        value = threes[:, word] >> offset
+        if offset + bits > WORD:
+            value = (value & ((1 << (WORD - offset)) - 1)) | (threes[:, word + 1] << (WORD - offset))
+        values[:, place] = value & mask
+    return values.view(-1, columns)[:count]

@@ -24,6 +24,12 @@ def dequantize(
     """Weights [K, N] in fp32 from the packed layout; `zero_offset` is 1 for format `gptq`, 0 for `gptq_v2`."""
     values = unpack(qweight, bits, g_idx.shape[0])
     zeros = unpack(qzeros.T.contiguous(), bits, scales.shape[1]).T + zero_offset
+    size = g_idx.shape[0] // scales.shape[0]
+    if size * scales.shape[0] == g_idx.shape[0] and torch.equal(
+        g_idx, torch.arange(len(g_idx), device=g_idx.device) // size
+    ):
+        grouped = values.view(scales.shape[0], size, -1)
+        return ((grouped - zeros[:, None]).float() * scales.float()[:, None]).view(values.shape)
     groups = g_idx.long()
     return (values - zeros[groups]).float() * scales.float()[groups]
 

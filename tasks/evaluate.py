@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from transformers import PreTrainedModel
@@ -49,6 +50,10 @@ def run_evaluation(
             tracker.fail(run_id, error)
         raise
     tracker.measured(run_id or tracking["run_id"], result, None if run_id else "original.")
+    if run_id:
+        store = Store(job["store"])
+        with store.lock(subject["digest"]):
+            store.note(subject["digest"], {"metrics": result["metrics"]})
     return {**result, "work_seconds": time.monotonic() - start}
 
 
@@ -92,6 +97,10 @@ def measure(
 def evaluation_data(job: dict[str, Any], tokenizer: Any) -> EvaluationData:
     """Read and cut the texts of a job's evaluation settings."""
     spec = job["evaluation"]
+    if not set(job["measures"]) - {"size", "sts"}:  # neither reads a text
+        data = EvaluationData(torch.zeros(0, spec["length"], dtype=torch.int64), 0, tokenizer, "none")
+        data.pairs = Path(spec["pairs"]).expanduser() if spec["pairs"] else None
+        return data
     text = read_text(spec["source"], spec["split"], "data.evaluation.source")
     ids = tokenise(text, tokenizer)
     rows = windows(ids, spec["length"], spec["samples"], "data.evaluation")
@@ -171,7 +180,8 @@ def _key(name: str, job: dict[str, Any], subject: dict[str, Any]) -> str:
             "dtype": job["dtype"],
             "machine": machine,
             "kernels": kernels,
-            "code": digest.of_code(folder / f"{name}.py", folder / "base.py"),
+            "code": digest.of_code(folder),
+            "versions": [torch.__version__, transformers.__version__],
         }
     )[:32]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,15 +13,16 @@ import transformers
 from transformers import PretrainedConfig
 
 from tensorpress import digest
-from tensorpress.artifact import Store
-from tensorpress.checks import check_folder, read_config, weight_files
+from tensorpress.artifact import Store, write_whole
+from tensorpress.checks import check_folder, read_config
 from tensorpress.compressors.base import Compressor
 from tensorpress.compressors.catalog import METHODS
-from tensorpress.errors import InputError, nearest
+from tensorpress.errors import InputError, StepError, nearest
 from tensorpress.evaluators.catalog import MEASURES, applicable
+from tensorpress.evaluators.sts import read_pairs
 from tensorpress.kernels import registry
 from tensorpress.recipe import ROOT, Node, Recipe
-from tensorpress.source import ModelHandle, check_source, read_tokenizer, resolve
+from tensorpress.source import ModelHandle, check_source, read_tokenizer, resolve, source_files
 from tensorpress.structure import Kind
 from tensorpress.text import Text, random_windows, read_text, tokenise, windows
 
@@ -109,14 +111,14 @@ def config_kind(config: PretrainedConfig) -> Kind:
 
 def known_source(folder: Path, store: Store) -> ModelHandle:
     """Check and name a model folder; remembered by path, length and time of its files, since large models take minutes."""
-    files = [*weight_files(folder), folder / "config.json"]
+    files = source_files(folder)
     seen = digest.of_json([[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files])
     place = store.root / "sources" / f"{seen}.json"
     if place.is_file():
         return ModelHandle(str(folder.resolve()), place.read_text(encoding="utf-8").strip())
     handle = check_source(folder)
     if place.parent.is_dir():
-        place.write_text(handle.digest, encoding="utf-8")
+        write_whole(place, handle.digest)
     return handle
 
 
@@ -124,9 +126,12 @@ def code_fingerprint(use: str) -> str:
     """Digest of the code that a method's result depends on: its own file, what it shares with others, and library versions."""
     package = Path(digest.__file__).parent
     method = Path(_source_file(METHODS[use]))
-    shared = [_source_folder("tensorpress.compressors"), _source_folder("tensorpress.kernels")]
+    room = _source_folder("tensorpress.compressors")
+    shared = [room / name for name in ("base.py", "calibration.py", "distances.py")]
+    shared.append(_source_folder("tensorpress.kernels"))
     files = [package / name for name in ("structure.py", "loading.py", "artifact.py", "text.py")]
-    versions = [".".join(version.split(".")[:2]) for version in (torch.__version__, transformers.__version__)]
+    libraries = (torch.__version__, transformers.__version__, metadata.version("tensorly"))
+    versions = [".".join(version.split(".")[:2]) for version in libraries]
     return digest.of_json([digest.of_code(method, *shared, *files), versions])
 
 
@@ -143,7 +148,10 @@ def calibration_windows(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(windows, validation windows, training stream) of a calibration key; the validation text is in neither of the others."""
     where = "data.calibration"
-    ids = tokenise(read_text(key["source"], key["split"], where), tokenizer)
+    text = read_text(key["source"], key["split"], where)
+    if text.digest != key["text"]:
+        raise StepError(f"{where}: the text {key['source']} was changed after the run began")
+    ids = tokenise(text, tokenizer)
     cut = len(ids) - max(key["length"], int(len(ids) * VALIDATION_SHARE))
     if cut < key["length"]:
         raise InputError(f"{where}: the text has {len(ids)} tokens, fewer than two windows of {key['length']}")
@@ -164,7 +172,7 @@ def _job(
         "root": root.digest,
         "config": config,
         "code": code_fingerprint(method.use),
-        "data": {k: v for k, v in data.items() if k != "source"} if method.needs_calibration else None,
+        "data": {**data, "source": None, "validation": VALIDATION_SHARE} if method.needs_calibration else None,
         "seed": recipe.seed,
         "dtype": recipe.model.dtype,
     }
@@ -208,7 +216,7 @@ def _check_texts(recipe: Recipe, folder: Path) -> None:
     calibration, evaluation = recipe.data.calibration, recipe.data.evaluation
     first = read_text(calibration.source, calibration.split, "data.calibration.source")
     texts: list[tuple[str, Text]] = []
-    if {"perplexity", "fidelity", "generation"} & set(recipe.evaluate.use):
+    if set(recipe.evaluate.use) - {"size", "sts"}:
         texts.append(("evaluation.source", read_text(evaluation.source, evaluation.split, "data.evaluation.source")))
     if evaluation.other is not None:
         texts.append(("evaluation.other", read_text(evaluation.other, "other", "data.evaluation.other")))
@@ -217,8 +225,12 @@ def _check_texts(recipe: Recipe, folder: Path) -> None:
             raise InputError(
                 f"data.{where}: is the calibration text; quality must be measured on text that calibration never saw"
             )
-    if evaluation.pairs is not None and not Path(evaluation.pairs).expanduser().is_file():
-        raise InputError(f"data.evaluation.pairs: no such file: {evaluation.pairs}")
+    if evaluation.pairs is not None:
+        read_pairs(Path(evaluation.pairs))
+    limit = getattr(read_config(folder).get_text_config(), "max_position_embeddings", None)
+    for name, length in (("calibration", calibration.length), ("evaluation", evaluation.length)):
+        if limit is not None and length > limit:
+            raise InputError(f"data.{name}.length: found {length}, but the model takes {limit} tokens at most")
     tokenizer = read_tokenizer(folder)
     short = Text(first.name, first.content[:400_000])
     if len(tokenise(short, tokenizer)) < 2 * calibration.length:
@@ -245,7 +257,14 @@ def _check_methods(recipe: Recipe, folder: Path, kind: Kind) -> None:
         try:
             node.method.check(model, structure)
         except InputError as error:
-            raise InputError(*(f"steps.{node.step}.{problem}" for problem in error.problems)) from None
+            lines = (_placed(node.step, type(node.method), problem) for problem in error.problems)
+            raise InputError(*lines) from None
+
+
+def _placed(step: str, method: type[Compressor], problem: str) -> str:
+    """A problem's line with its place in the recipe: `steps.q.group_size: ...`, or `steps.q: gptq: ...`."""
+    field_ = problem.partition(":")[0]
+    return f"steps.{step}.{problem}" if field_ in method.model_fields else f"steps.{step}: {problem}"
 
 
 def _source_file(thing: Any) -> str:

@@ -14,8 +14,10 @@ from prefect.states import Completed
 from transformers import PreTrainedModel
 
 from tensorpress.artifact import Artifact, Store, Writer, plain_gptq
+from tensorpress.checks import weight_files
 from tensorpress.compressors.base import Calibration, Report
 from tensorpress.errors import InputError, StepError
+from tensorpress.evaluators.size import bytes_of, needed_files, original_parameters
 from tensorpress.loading import load
 from tensorpress.pictures.card import render_card
 from tensorpress.source import read_tokenizer
@@ -135,4 +137,11 @@ def _result(job: Job, artifact: Artifact, cached: bool) -> dict[str, Any]:
         "cached": cached,
         "seconds": record["seconds"],
         "report": report,
+        "size": _size(artifact.folder, Path(job.root["path"])),
     }
+
+
+def _size(folder: Path, original: Path) -> dict[str, float]:
+    """Bytes on disk and their ratio to the original at 16 bits, for the picture of the graph."""
+    weights = sum(path.stat().st_size for path in weight_files(folder))
+    return {"bytes": bytes_of(needed_files(folder)), "size_ratio": weights / (2 * original_parameters(original))}

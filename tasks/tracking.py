@@ -67,7 +67,8 @@ class Tracker:
         store = plan.store.root
         client = _client(store)
         close_dead_runs(client)
-        name = f"{Path(plan.root.path).name or 'model'} on {Path(plan.recipe.data.evaluation.source).name}"
+        text = Path(plan.recipe.data.evaluation.source).name
+        name = f"{plan.recipe.model.source} {plan.root.digest[:8]} on {text}"
         experiment = _experiment(client, name, store)
         tags = {
             "tensorpress.recipe": plan.recipe.name,
@@ -135,8 +136,11 @@ class Tracker:
                 for name, value in result["metrics"].items():
                     self.client.log_metric(run_id, name, value, model_id=model_id)
 
-    def close_step(self, run_id: str) -> None:
-        self.client.set_terminated(run_id, "FINISHED")
+    def close_step(self, run_id: str, problem: str | None) -> None:
+        """End the run of a step whose artifact was made; `problem` says why it could not be measured."""
+        if problem:
+            self._tags(run_id, {"tensorpress.error": problem})
+        self.client.set_terminated(run_id, "FAILED" if problem else "FINISHED")
 
     def fail(self, run_id: str, error: BaseException) -> None:
         """Keep a failed run, with its error."""
@@ -152,10 +156,11 @@ class Tracker:
     def text(self, text: str, name: str, run_id: str | None = None) -> None:
         self.client.log_text(run_id or self.handle["run_id"], text, name)
 
-    def finish(self, verdict: str, metrics: dict[str, float]) -> None:
+    def finish(self, verdict: str, error: str | None, metrics: dict[str, float]) -> None:
         """Close the parent run; it failed when a step failed."""
         self._metrics(self.handle["run_id"], metrics)
-        self._tags(self.handle["run_id"], {"tensorpress.verdict": verdict})
+        tags = {"tensorpress.verdict": verdict} | ({"tensorpress.error": error} if error else {})
+        self._tags(self.handle["run_id"], tags)
         self.client.set_terminated(self.handle["run_id"], "FAILED" if verdict == "FAILED" else "FINISHED")
 
     def _metrics(self, run_id: str, metrics: Mapping[str, float]) -> None:
@@ -191,7 +196,8 @@ def close_runs_of(store: Path, pid: int) -> None:
     """Mark as killed what process `pid` has running."""
     client = _client(store)
     for run in _running(client):
-        if run.data.tags.get("tensorpress.pid") == str(pid):
+        tags = run.data.tags
+        if (tags.get("tensorpress.pid"), tags.get("tensorpress.host")) == (str(pid), platform.node()):
             _kill(client, run)
 
 

@@ -19,7 +19,12 @@ def compress(
     The same as `tensorpress run`: the same graph, digests, store and tracking. Raises InputError for bad input, before
     anything has run; a step that fails does not raise: `verdict` is then `FAILED`, and the artifact's `error` says why.
     """
+    from tensorpress.artifact import Store
+    from tensorpress.compressors.catalog import METHODS
+    from tensorpress.evaluators.catalog import MEASURES
     from tensorpress.flows.server import connected, prefect_server
+    from tensorpress.recipe import parse_text
+    from tensorpress.tasks.planning import make_plan
 
     folder = Path.cwd()
     if isinstance(recipe, dict):
@@ -36,13 +41,13 @@ def compress(
         "overrides": list(overrides),
         "store": str(place),
     }
+    make_plan(parse_text(text, METHODS, MEASURES, overrides, folder), Store(place))
     with prefect_server(place) as server:
-        from tensorpress.flows.compress import CompressParameters, prepare
+        from tensorpress.flows.compress import CompressParameters
         from tensorpress.flows.compress import compress as flow
         from tensorpress.tasks.tracking import open_client
 
         parameters = CompressParameters(**arguments)
-        prepare(parameters)
         open_client(place)
         with connected(server.wait()):
             return flow(parameters)

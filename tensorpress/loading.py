@@ -11,7 +11,6 @@ import importlib.util
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 import torch
 from safetensors import safe_open
 from torch import nn
@@ -174,9 +173,28 @@ def load(
         with torch.device("meta"):
             empty = _auto_class(config).from_config(config)
         config.quantization_config = TensorpressConfig(gptq_layers(empty, plain, files)).to_dict()
-    model = _auto_class(config).from_pretrained(folder, config=config, dtype=dtype, use_safetensors=True)
+    model, found = _auto_class(config).from_pretrained(
+        folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+    )
+    _check_whole(folder, model, found)
     use_kernels(model, kernels)
     return model.to(device).eval()
+
+
+def _check_whole(folder: Path, model: PreTrainedModel, found: dict[str, Any]) -> None:
+    """Refuse weights that do not fill the model: transformers would draw the missing ones at random. Raises InputError.
+
+    A pooler that an encoder's checkpoint leaves out is not missed: the hidden states do not depend on it.
+    """
+    missing = sorted(name for name in found["missing_keys"] if not name.startswith("pooler."))
+    if missing:
+        raise InputError(
+            f"{folder}: its weights lack {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else "")
+        )
+    if found["mismatched_keys"]:
+        raise InputError(
+            f"{folder}: tensor {sorted(map(str, found['mismatched_keys']))[0]} has another shape than config.json says"
+        )
 
 
 def config_of(config: PretrainedConfig) -> dict[str, Any]:
@@ -202,6 +220,8 @@ def use_kernels(model: nn.Module, name: str) -> None:
 
 def use_quick_kernels(model: nn.Module) -> None:
     """For measuring quality: keep dequantized weights in memory where there is plenty, which changes no number."""
+    import psutil  # a library user may not have it
+
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     dense = 4 * sum(layer.in_features * layer.out_features for layer in layers)
     use_kernels(model, "unpacked" if dense < psutil.virtual_memory().available / 4 else "auto")

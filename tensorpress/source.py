@@ -75,10 +75,15 @@ def check_source(folder: Path) -> ModelHandle:
 
 def folder_digest(folder: Path) -> str:
     """Digest of everything in a model folder that makes the model: weights, config, tokenizer."""
+    return digest.of_files(source_files(folder), folder)
+
+
+def source_files(folder: Path) -> list[Path]:
+    """The files of a model folder that make the model."""
     files = set(weight_files(folder))
     for pattern in NEEDED:
         files.update(path for path in folder.glob(pattern) if path.is_file())
-    return digest.of_files(sorted(files), folder)
+    return sorted(files)
 
 
 def read_tokenizer(folder: Path) -> Any:

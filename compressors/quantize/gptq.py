@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from tensorpress.compressors.base import Calibration, Compressor, LayerReport, Report
 from tensorpress.compressors.calibration import BlockInputs, walk
 from tensorpress.errors import InputError, StepError
+from tensorpress.kernels.mpo_linear import MPOLinear
 from tensorpress.kernels.quantized_linear import QuantizedLinear
 from tensorpress.structure import DENSE, Block, Structure, find_structure, linear_shape, linear_weight, set_module
 
@@ -200,7 +201,7 @@ class GPTQ(Compressor):
         if self.group_size != -1 and self.group_size < 1:
             raise InputError(f"group_size: found {self.group_size}, expected -1 (whole row) or a positive number")
         dense = self._targets(model, structure)
-        if not dense:
+        if not dense and not any(isinstance(module, MPOLinear) for module in model.modules()):
             raise InputError("gptq: the model has no dense linear layers left in its blocks")
         for path in dense:
             inputs = linear_shape(model.get_submodule(path))[1]
@@ -214,6 +215,9 @@ class GPTQ(Compressor):
     def compress(self, model: PreTrainedModel, calibration: Calibration) -> tuple[PreTrainedModel, Report]:
         structure = find_structure(model)
         self.check(model, structure)
+        if not self._targets(model, structure):
+            note = "nothing was quantized: every layer is decomposed; leave some dense with mpo's `layers`"
+            return model, Report([], {"bits": self.bits, "group_size": self.group_size, "layers": 0, "note": note})
         rows = walk(
             model,
             structure,

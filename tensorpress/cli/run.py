@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextvars
 import os
+import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -166,10 +168,12 @@ def _stoppable(server: PrefectServer, store: Path) -> Iterator[None]:
     from tensorpress.tasks.tracking import close_runs_of
 
     def stop(number: int, frame: Any) -> None:
-        server.stop()
-        close_runs_of(store, os.getpid())
-        say_problem("stopped; what was finished is kept, run the same command again to go on")
-        os._exit(130)
+        try:
+            server.stop()
+            close_runs_of(store, os.getpid())
+            say_problem("stopped; what was finished is kept, run the same command again to go on")
+        finally:
+            os._exit(130)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -186,6 +190,9 @@ def _show(document: dict[str, Any], store: Path) -> None:
 
     console.print(metrics_table(document))
     for artifact in document["artifacts"]:
+        note = artifact["report"]["summary"].get("note")
+        if note:
+            console.print(f"[yellow]note[/] {escape(artifact['node'])}: {escape(note)}")
         if artifact["error"]:
             console.print(f"[bold red]failed[/] {escape(artifact['node'])}: {escape(artifact['error'])}")
     for name, gate in document["gates"].items():
@@ -200,6 +207,7 @@ def _show(document: dict[str, Any], store: Path) -> None:
         f"{document['wall_seconds']:.1f} s, {document['wall_seconds'] - document['seconds'] + document['overhead_seconds']:.1f} s of it outside steps"
     )
     short = document["mlflow_run_id"][:8]
-    console.print(f"report:     tensorpress report {short}")
-    console.print(f"dashboard:  mlflow ui --backend-store-uri sqlite:///{store.absolute() / 'mlflow.db'}")
+    home = f"{Path(sys.executable).parent}/" if shutil.which("tensorpress") is None else ""
+    console.print(f"report:     {home}tensorpress report {short}")
+    console.print(f"dashboard:  {home}mlflow ui --backend-store-uri sqlite:///{store.absolute() / 'mlflow.db'}")
     console.print(f"artifacts:  {store.absolute() / 'models'}")

@@ -14,6 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tensorpress.digest import of_file
+
 STEPS = {
     "prune": {"use": "finercut", "after": "model", "remove": 0.34, "samples": 4},
     "heal": {"use": "distill", "after": "prune", "tokens": 4096, "batch_tokens": 128},
@@ -28,6 +30,12 @@ def start(*arguments: str) -> subprocess.Popen[bytes]:
 
 def digests(path: str) -> dict[str, str]:
     return {a["node"]: a["digest"] for a in json.loads(Path(path).read_text())["artifacts"]}
+
+
+def weights(path: str) -> dict[str, str]:
+    """What is really in the artifacts: the digest of an artifact names only what made it."""
+    folders = {a["node"]: Path(a["path"]) for a in json.loads(Path(path).read_text())["artifacts"]}
+    return {node: of_file(folder / "model.safetensors") for node, folder in folders.items()}
 
 
 @pytest.mark.timeout(900)
@@ -51,6 +59,7 @@ def test_kill_and_run_again(prefect_api, recipe, monkeypatch):
     kept = {folder.name: (folder / "tensorpress.json").stat().st_mtime_ns for folder in models.glob("[0-9a-f]*")}
     assert start(path, "--store", "killed", "--json", "after.json").wait() == 0
     assert digests("after.json") == digests("whole.json")
+    assert weights("after.json") == weights("whole.json")
     for name, written in kept.items():
         assert (models / name / "tensorpress.json").stat().st_mtime_ns == written, "a finished artifact was made again"
     assert not list(models.glob(".part-*"))
