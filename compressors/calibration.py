@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tensorpress.compressors.base import LayerReport, Progress, no_progress
+from tensorpress.errors import StepError
 from tensorpress.loading import apply_layers, layers_of
 from tensorpress.structure import Block, Structure
 
@@ -171,12 +172,14 @@ class _Checkpoint:
     def restore(
         self, model: PreTrainedModel, structure: Structure
     ) -> tuple[list[LayerReport], int, list[torch.Tensor] | None]:
-        """What was saved last; a checkpoint that cannot be read (the disk was full) is thrown away, and nothing is restored."""
+        """What was saved last. A checkpoint that cannot be read (the disk was full) is thrown away; then StepError."""
         try:
             return self._restore(model, structure)
-        except (OSError, ValueError, KeyError, SafetensorError):
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             self.clear()
-            return [], 0, None
+            raise StepError(
+                f"the checkpoint of this step cannot be read and was removed; run it again ({error})"
+            ) from None
 
     def _restore(
         self, model: PreTrainedModel, structure: Structure

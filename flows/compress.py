@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from prefect import flow
 from prefect.context import get_run_context
+from prefect.exceptions import UnfinishedRun
 from prefect.futures import PrefectFuture
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import BaseModel, ConfigDict, Field
@@ -116,16 +117,16 @@ def _evaluation_job(plan: Plan, kernels: str) -> dict[str, Any]:
 
 def _outcome(future: PrefectFuture[Any]) -> dict[str, Any]:
     """The result of a task, or {"error": one line}; siblings of a failed task go on."""
-    result = future.result(raise_on_failure=False)
-    state = future.state
+    try:
+        result = future.result(raise_on_failure=False)
+    except UnfinishedRun:  # it never began
+        result = None
     if isinstance(result, dict):
         return result
     if isinstance(result, BaseException):
         reason = str(result) if isinstance(result, StepError) else f"{type(result).__name__}: {result}"
-        if "NotReady" in (state.name or "") or type(result).__name__ in ("UnfinishedRun", "UpstreamTaskError"):
-            reason = "not done: a step before it failed"
         return {"error": reason.splitlines()[0] if reason else type(result).__name__}
-    return {"error": f"not done: a step before it failed ({state.name})"}
+    return {"error": "not done: a step before it failed"}
 
 
 def _document(

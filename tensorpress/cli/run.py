@@ -189,6 +189,8 @@ def _show(document: dict[str, Any], store: Path) -> None:
     from tensorpress.pictures.tables import metrics_table
 
     console.print(metrics_table(document))
+    if document["original_error"]:
+        console.print(f"[bold red]failed[/] original: {escape(document['original_error'])}")
     for artifact in document["artifacts"]:
         note = artifact["report"]["summary"].get("note")
         if note:

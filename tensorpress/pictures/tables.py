@@ -92,7 +92,7 @@ class Metric:
 
 METRICS = (
     Metric("perplexity", "perplexity", "quality"),
-    Metric("perplexity_ratio", "ratio", "quality", ratio),
+    Metric("perplexity_ratio", "perplexity ratio", "quality", ratio),
     Metric("bits_per_byte", "bits per byte", "quality", ratio, headline=False),
     Metric("perplexity_other", "perplexity, other text", "quality", headline=False),
     Metric("perplexity_ratio_other", "ratio, other text", "quality", ratio),

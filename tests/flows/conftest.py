@@ -39,7 +39,7 @@ def save_folder(model: Any, folder: Path) -> Path:
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
     model.save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=inner).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>").save_pretrained(folder)
     return folder
 
 

@@ -111,6 +111,22 @@ def test_model_folders(recipe, tensorpress_run, place):
     refused(tensorpress_run("run", path), "no config.json")
 
 
+def test_weights_that_do_not_fill_the_model(recipe, tensorpress_run, place):
+    path = place / "llama/model.safetensors"
+    tensors = load_file(path)
+    gone = sorted(name for name in tensors if "mlp" in name)[0]
+    del tensors[gone]
+    save_file(tensors, path, metadata={"format": "pt"})
+    refused(tensorpress_run("run", recipe()), "its weights lack", re.escape(gone))
+
+
+def test_windows_longer_than_the_model_takes(recipe, tensorpress_run):
+    for name in ("calibration", "evaluation"):
+        refused(
+            tensorpress_run("run", recipe(), "--set", f"data.{name}.length=193"), f"data.{name}.length", "192 tokens"
+        )
+
+
 def test_tokenizer_that_does_not_match_the_embedding(recipe, tensorpress_run, place):
     config = json.loads((place / "llama/tokenizer.json").read_text())
     config["model"]["vocab"]["zzz"] = 5000
@@ -119,6 +135,7 @@ def test_tokenizer_that_does_not_match_the_embedding(recipe, tensorpress_run, pl
 
 
 def test_shard_index_that_leads_outside(recipe, tensorpress_run, place):
+    (place / "llama/model.safetensors").rename(place / "other.safetensors")
     (place / "llama/model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../other.safetensors"}}))
     refused(tensorpress_run("run", recipe()), "outside the folder")
 
@@ -162,5 +179,5 @@ def test_overrides_and_options(recipe, tensorpress_run):
     refused(tensorpress_run("run", recipe(), "--set", "steps.quantize.bits"), "--set")
     refused(tensorpress_run("run", recipe(), "--set", "steps.quantize.bits=7"), "found 7")
     refused(tensorpress_run("run", recipe(), "--kernels", "warp"), "kernels", "'warp' is not known")
-    refused(tensorpress_run("run"), "RECIPE")
+    refused(tensorpress_run("run"), "Missing argument")
     refused(tensorpress_run("compres"), "No such command")

@@ -56,12 +56,12 @@ def test_kill_and_run_again(prefect_api, recipe, monkeypatch):
         process.send_signal(signal.SIGKILL)
         process.wait()
         psutil.wait_procs(children, timeout=10)
-    kept = {folder.name: (folder / "tensorpress.json").stat().st_mtime_ns for folder in models.glob("[0-9a-f]*")}
+    kept = {folder.name: (folder / "model.safetensors").stat().st_mtime_ns for folder in models.glob("[0-9a-f]*")}
     assert start(path, "--store", "killed", "--json", "after.json").wait() == 0
     assert digests("after.json") == digests("whole.json")
     assert weights("after.json") == weights("whole.json")
     for name, written in kept.items():
-        assert (models / name / "tensorpress.json").stat().st_mtime_ns == written, "a finished artifact was made again"
+        assert (models / name / "model.safetensors").stat().st_mtime_ns == written, "a finished artifact was made again"
     assert not list(models.glob(".part-*"))
 
 
