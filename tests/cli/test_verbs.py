@@ -137,6 +137,7 @@ def call(monkeypatch, capsys, tmp_path):
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["tensorpress", *map(str, arguments)])
+        capsys.readouterr()  # what making the models printed
         with pytest.raises(SystemExit) as stop:
             main()
         out, err = capsys.readouterr()
