@@ -1,6 +1,6 @@
 """GPTQ on books-7m, a Llama of 7.3 M parameters trained on English books: perplexity ratios at 4, 3 and 2 bits.
 
-    python benchmarks/books.py --data ../shared/data --json out.json          # three minutes on two cores
+    python benchmarks/books.py --data ../shared/data --json out.json
     python benchmarks/books.py --data ../shared/data --quick --json out.json
 
 Protocol: the first 1,000,000 characters of `text/books/books_valid.txt`, 300 windows of 256 tokens, fp32; all linear layers of the
@@ -129,7 +129,7 @@ def measure(data: Path, quick: bool, progress: Callable[[str], None]) -> dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with models/books-7m and text/books")
-    parser.add_argument("--quick", action="store_true", help="under a minute, one bit width, fewer windows; no bars")
+    parser.add_argument("--quick", action="store_true", help="one bit width, fewer windows; no bars")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     console = Console()

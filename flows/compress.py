@@ -39,7 +39,9 @@ class CompressParameters(BaseModel):
 
     recipe: str = Field(title="Recipe", description="the recipe, as YAML text")
     folder: str = Field(
-        ".", title="Folder", description="folder of the recipe file; its relative paths are read from here"
+        ".",
+        title="Folder",
+        description="folder of the recipe file; paths outside it and the working folder are refused",
     )
     overrides: list[str] = Field([], title="Overrides", description="such as steps.quantize.bits=3")
     store: str = Field(

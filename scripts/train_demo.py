@@ -1,6 +1,6 @@
 """Train tensorpress's demo model: a small Llama of Python source, from the running Python's standard library.
 
-    python scripts/train_demo.py --out build/demo            # about 60 minutes on two cores
+    python scripts/train_demo.py --out build/demo            # 80 minutes on two cores that were shared with other work
 
 The corpus, the split, the tokenizer, the weights and the model card are all made here; nothing is downloaded.
 Matrices are trained with Muon (torch.optim.Muon), embeddings and norms with AdamW, both on a trapezoidal schedule.
