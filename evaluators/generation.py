@@ -8,7 +8,7 @@ import re
 import textwrap
 import warnings
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ HEADER = re.compile(r"^[ \t]*def \w+\([^()\n]*\)(?: *-> *[^:\n]+)?:$", re.MULTIL
 
 @torch.no_grad()
 def step(model: PreTrainedModel, ids: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, Any]:
-    """Read `ids` [1, length] after what the cache holds: (the likeliest next token [1, 1], the key-value cache)."""
+    """Read `ids` [rows, length] after what the cache holds: (the likeliest next tokens [rows, 1], the key-value cache)."""
     prompt = ids.shape[1] > 1 and "logits_to_keep" in inspect.signature(model.forward).parameters
     last = {"logits_to_keep": 1} if prompt else {}
     output = model(input_ids=ids, past_key_values=cache, use_cache=True, **last)
@@ -31,15 +31,28 @@ def step(model: PreTrainedModel, ids: torch.Tensor, cache: Any = None) -> tuple[
 
 
 def greedy(
-    model: PreTrainedModel, prompt: list[int], count: int, stop: Callable[[list[int]], bool] = lambda new: False
-) -> list[int]:
-    """The tokens that greedy decoding adds to a prompt: `count` of them, or fewer where `stop` says so of those so far."""
-    token, cache = step(model, torch.tensor([prompt], device=model.device))
-    new = [int(token)]
-    while len(new) < count and not stop(new):
-        token, cache = step(model, token, cache)
-        new.append(int(token))
-    return new
+    model: PreTrainedModel,
+    prompts: torch.Tensor,
+    count: int,
+    stop: Callable[[int, list[int]], bool] = lambda row, new: False,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[list[int]]:
+    """The tokens that greedy decoding adds to each of `prompts` [rows, length], decoded side by side.
+
+    `count` tokens a row, or fewer where `stop(row, new tokens)` says that they are enough.
+    """
+    tokens, cache = step(model, prompts.to(model.device))
+    rows: list[list[int]] = [[] for _ in prompts]
+    going = set(range(len(rows)))
+    while True:
+        for row in sorted(going):
+            rows[row].append(int(tokens[row]))
+            if len(rows[row]) == count or stop(row, rows[row]):
+                going.remove(row)
+        progress(max(map(len, rows)))
+        if not going:
+            return rows
+        tokens, cache = step(model, tokens, cache)
 
 
 def text_after(tokenizer: Any, prompt: list[int], new: list[int]) -> tuple[str, bool]:
@@ -60,11 +73,11 @@ class FunctionPrompt:
     continuation: list[int]
 
 
-def function_prompts(text: str, tokenizer: Any, count: int, before: int, after: int) -> list[FunctionPrompt]:
-    """At most `count` functions of a Python text, spread over it evenly, each with `before` tokens ahead of its header.
+def function_prompts(text: str, tokenizer: Any, count: int, length: int, after: int) -> list[FunctionPrompt]:
+    """At most `count` functions of a Python text, spread over it evenly, each the `length` tokens that its header ends.
 
     The prompt ends with the token that ends the header's colon, so that it is cut as the text itself is; `after` tokens
-    of the text follow it.
+    of the text follow it. A function with less text around it, or a longer header, is passed over.
     """
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
@@ -72,9 +85,9 @@ def function_prompts(text: str, tokenizer: Any, count: int, before: int, after: 
     prompts = []
     for match in HEADER.finditer(text):
         first, body = bisect_left(starts, match.start()), bisect_left(ends, match.end()) + 1
-        if body + after <= len(ids):
+        if 0 <= body - length <= first and body + after <= len(ids):
             header = text[match.start() : ends[body - 1]]
-            prompts.append(FunctionPrompt(ids[max(0, first - before) : body], header, ids[body : body + after]))
+            prompts.append(FunctionPrompt(ids[body - length : body], header, ids[body : body + after]))
     if len(prompts) <= count:
         return prompts
     return [prompts[i * len(prompts) // count] for i in range(count)]
@@ -104,15 +117,24 @@ def _indentation(line: str) -> int:
     return len(line) - len(line.lstrip())
 
 
-def complete_function(model: PreTrainedModel, tokenizer: Any, prompt: list[int], header: str, count: int) -> str:
-    """The function that greedy decoding makes of a header; decoding ends with the function, or after `count` tokens."""
+def complete_functions(
+    model: PreTrainedModel, tokenizer: Any, functions: Sequence[FunctionPrompt], count: int, progress: Progress
+) -> list[str]:
+    """The functions that greedy decoding makes of their headers; a row ends with its function, or after `count` tokens."""
 
-    def over(new: list[int]) -> bool:
-        added, ended = text_after(tokenizer, prompt, new)
-        return ended or dedent_line((header + added).split("\n")) is not None
+    def over(row: int, new: list[int]) -> bool:
+        added, ended = text_after(tokenizer, functions[row].tokens, new)
+        return ended or dedent_line((functions[row].header + added).split("\n")) is not None
 
-    added, ended = text_after(tokenizer, prompt, greedy(model, prompt, count, over))
-    return cut_function(header + added, ended)
+    prompts = torch.tensor([function.tokens for function in functions])
+    made = greedy(model, prompts, count, over, lambda done: progress("generation", done, count))
+    return [_function(tokenizer, function, new) for function, new in zip(functions, made, strict=True)]
+
+
+def _function(tokenizer: Any, prompt: FunctionPrompt, new: list[int]) -> str:
+    """The function that a header and the tokens after it make."""
+    added, ended = text_after(tokenizer, prompt.tokens, new)
+    return cut_function(prompt.header + added, ended)
 
 
 def parses(function: str) -> bool:
@@ -136,43 +158,31 @@ class Generation(Evaluator):
     name = "generation"
     gives = ("parsable_functions",)
     SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 4, 32, 64
-    FUNCTIONS, CONTEXT_TOKENS = 12, 96
+    FUNCTIONS, CONTEXT_TOKENS = 64, 128
 
     def evaluate(self, subject: Subject, data: EvaluationData, progress: Progress = no_progress) -> Measurement:
-        result = Measurement({}, {"decoding": "greedy"}, {"samples.txt": self._samples(subject.model, data)})
+        room = max(1, min(self.NEW_TOKENS, position_limit(subject.model) // 2))
+        samples = self._samples(subject.model, data, room)
+        result = Measurement({}, {"decoding": "greedy"}, {"samples.txt": samples})
         if data.demo:
             text = data.tokenizer.decode(data.windows.flatten().tolist(), clean_up_tokenization_spaces=False)
-            functions = function_prompts(text, data.tokenizer, self.FUNCTIONS, self.CONTEXT_TOKENS, self.NEW_TOKENS)
+            length = min(self.CONTEXT_TOKENS, position_limit(subject.model) - room)
+            functions = function_prompts(text, data.tokenizer, self.FUNCTIONS, length, room)
             result.conditions["functions"] = len(functions)
             if functions:
-                self._parsable(subject.model, data.tokenizer, functions, result, progress)
+                made = complete_functions(subject.model, data.tokenizer, functions, room, progress)
+                held = [_function(data.tokenizer, function, function.continuation) for function in functions]
+                result.metrics["parsable_functions"] = sum(map(parses, made)) / len(functions)
+                result.conditions["parsable_functions_of_the_text"] = sum(map(parses, held)) / len(functions)
         return result
 
-    def _samples(self, model: PreTrainedModel, data: EvaluationData) -> str:
+    def _samples(self, model: PreTrainedModel, data: EvaluationData, room: int) -> str:
         """Continuations of the beginnings of a few windows, as text."""
+        length = min(self.PROMPT_TOKENS, position_limit(model) - room)
+        prompts = data.windows[:: max(1, len(data.windows) // self.SAMPLES)][: self.SAMPLES, :length]
         parts = []
-        room = max(1, min(self.NEW_TOKENS, position_limit(model) // 2))
-        for row in data.windows[:: max(1, len(data.windows) // self.SAMPLES)][: self.SAMPLES]:
-            prompt = row[: min(self.PROMPT_TOKENS, position_limit(model) - room)].tolist()
-            added, _ = text_after(data.tokenizer, prompt, greedy(model, prompt, room))
+        for prompt, new in zip(prompts.tolist(), greedy(model, prompts, room), strict=True):
+            added, _ = text_after(data.tokenizer, prompt, new)
             before = data.tokenizer.decode(prompt, clean_up_tokenization_spaces=False)
             parts.append(f"===== prompt\n{before}\n===== continuation\n{added}\n")
         return "\n".join(parts)
-
-    def _parsable(
-        self,
-        model: PreTrainedModel,
-        tokenizer: Any,
-        functions: list[FunctionPrompt],
-        result: Measurement,
-        progress: Progress,
-    ) -> None:
-        held = made = 0
-        for done, function in enumerate(functions, start=1):
-            prompt = function.tokens[-max(1, position_limit(model) - self.NEW_TOKENS) :]
-            made += parses(complete_function(model, tokenizer, prompt, function.header, self.NEW_TOKENS))
-            text, ended = text_after(tokenizer, function.tokens, function.continuation)
-            held += parses(cut_function(function.header + text, ended))
-            progress("generation", done, len(functions))
-        result.metrics["parsable_functions"] = made / len(functions)
-        result.conditions["parsable_functions_of_the_text"] = held / len(functions)

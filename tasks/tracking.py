@@ -126,15 +126,12 @@ class Tracker:
 
     def measured(self, run_id: str, result: dict[str, Any], prefix: str | None) -> None:
         """Record metrics of an artifact (on its step's run) or of the original (on the parent, with a prefix)."""
-        self._metrics(run_id, {f"{prefix or ''}{name}": value for name, value in result["metrics"].items()})
+        metrics = {f"{prefix or ''}{name}": value for name, value in result["metrics"].items()}
+        model_id = None if prefix else self.client.get_run(run_id).data.tags.get("tensorpress.model_id")
+        self._metrics(run_id, metrics, model_id)
         for name, text in result["texts"].items():
             self.client.log_text(run_id, text, name)
         self.client.log_text(run_id, json.dumps(result["conditions"], indent=1, default=str), "conditions.json")
-        if prefix is None:
-            model_id = self.client.get_run(run_id).data.tags.get("tensorpress.model_id")
-            if model_id:
-                for name, value in result["metrics"].items():
-                    self.client.log_metric(run_id, name, value, model_id=model_id)
 
     def close_step(self, run_id: str, problem: str | None) -> None:
         """End the run of a step whose artifact was made; `problem` says why it could not be measured."""
@@ -163,11 +160,10 @@ class Tracker:
         self._tags(self.handle["run_id"], tags)
         self.client.set_terminated(self.handle["run_id"], "FAILED" if verdict == "FAILED" else "FINISHED")
 
-    def _metrics(self, run_id: str, metrics: Mapping[str, float]) -> None:
+    def _metrics(self, run_id: str, metrics: Mapping[str, float], model_id: str | None = None) -> None:
         now = int(time.time() * 1000)
-        self.client.log_batch(
-            run_id, metrics=[Metric(k, float(v), now, 0) for k, v in metrics.items() if v is not None]
-        )
+        rows = [Metric(k, float(v), now, 0, model_id=model_id) for k, v in metrics.items() if v is not None]
+        self.client.log_batch(run_id, metrics=rows)
 
     def _tags(self, run_id: str, tags: Mapping[str, Any]) -> None:
         self.client.log_batch(run_id, tags=[RunTag(k, str(v)[:LONGEST]) for k, v in tags.items()])

@@ -118,14 +118,14 @@ def quantize_matrix(
     rows, columns = w.shape
     groups = columns // group_size
     importance = h.diagonal().clone()
-    scales, zeros = torch.empty(rows, groups, dtype=w.dtype), torch.empty(rows, groups, dtype=w.dtype)
+    scales, zeros = w.new_empty(rows, groups), w.new_empty(rows, groups)
 
     def fit(group: int, values: torch.Tensor) -> None:
         part = slice(group * group_size, (group + 1) * group_size)
         grid = fit_grid(values, importance[part], bits, symmetric)
         scales[:, group : group + 1], zeros[:, group : group + 1] = grid.scale, grid.zero
 
-    order = torch.arange(columns)
+    order = torch.arange(columns, device=w.device)
     if act_order:
         for group in range(groups):
             fit(group, w[:, group * group_size : (group + 1) * group_size])
@@ -135,7 +135,7 @@ def quantize_matrix(
     integers = torch.empty_like(w)
     for start in range(0, columns, block):
         end = min(start + block, columns)
-        errors = torch.zeros(rows, end - start, dtype=w.dtype)
+        errors = w.new_zeros(rows, end - start)
         for i in range(start, end):
             group = int(order[i]) // group_size
             if not act_order and i % group_size == 0:
@@ -171,8 +171,8 @@ def output_error(weight: torch.Tensor, quantized: torch.Tensor, hessian: torch.T
 class Hessian:
     """H = 2/N sum x x^T over all tokens x [K] seen, in float32; a running mean."""
 
-    def __init__(self, features: int):
-        self.matrix = torch.zeros(features, features)
+    def __init__(self, features: int, device: torch.device | str = "cpu"):
+        self.matrix = torch.zeros(features, features, device=device)
         self.tokens = 0
 
     def add(self, x: torch.Tensor) -> None:
@@ -240,7 +240,7 @@ class GPTQ(Compressor):
             if not paths:
                 continue
             first = model.get_submodule(paths[0])
-            hessian = Hessian(linear_shape(first)[1])
+            hessian = Hessian(linear_shape(first)[1], linear_weight(first).device)
             inputs.observe(first, hessian.add)
             rows += [self._quantize(model, path, hessian.matrix) for path in paths]
         return rows
@@ -278,7 +278,7 @@ class GPTQ(Compressor):
             integers.T.to(torch.int32).contiguous(),
             zeros.T.to(torch.int32).contiguous(),
             scales.T.contiguous(),
-            torch.arange(integers.shape[1]) // size,
+            torch.arange(integers.shape[1], device=integers.device) // size,
             self.bits,
             self.group_size,
             bias,

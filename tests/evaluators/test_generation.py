@@ -7,10 +7,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tensorpress.evaluators.base import EvaluationData, Subject
+from tensorpress.evaluators.base import EvaluationData, Subject, no_progress
 from tensorpress.evaluators.generation import (
+    FunctionPrompt,
     Generation,
-    complete_function,
+    complete_functions,
     cut_function,
     function_prompts,
     greedy,
@@ -39,7 +40,7 @@ def tokenizer():
 
 
 class Parrot(nn.Module):
-    """Says one known text after the other, whatever the prompts are."""
+    """Says one known text after the other, a row each, whatever the prompts are."""
 
     def __init__(self, tokenizer, texts):
         super().__init__()
@@ -50,10 +51,11 @@ class Parrot(nn.Module):
 
     def forward(self, input_ids, past_key_values=None, use_cache=True):
         if past_key_values is None:
-            self.prompts.append(input_ids[0].tolist())
-            past_key_values = list(self.texts[(len(self.prompts) - 1) % len(self.texts)])
-        token = past_key_values.pop(0) if past_key_values else 0
-        logits = nn.functional.one_hot(torch.tensor([[token]]), self.size).float()
+            said = [self.texts[(len(self.prompts) + row) % len(self.texts)] for row in range(len(input_ids))]
+            self.prompts += input_ids.tolist()
+            past_key_values = [list(text) for text in said]
+        tokens = [text.pop(0) if text else 0 for text in past_key_values]
+        logits = nn.functional.one_hot(torch.tensor(tokens)[:, None], self.size).float()
         return SimpleNamespace(logits=logits, past_key_values=past_key_values)
 
 
@@ -65,7 +67,8 @@ def evaluate(model, tokenizer, text, folder, demo=True):
 
 
 SOURCE = (
-    '''
+    "# the beginning of this text\n" * 6
+    + '''
 import sys
 
 def first(a, b):
@@ -113,19 +116,21 @@ def test_parses():
 
 
 def test_prompts_end_with_the_header_as_the_text_is_cut(tokenizer):
-    prompts = function_prompts(SOURCE, tokenizer, 24, before=7, after=12)
+    prompts = function_prompts(SOURCE, tokenizer, 24, length=30, after=12)
     assert [p.header for p in prompts] == ["def first(a, b):\n", "    def second(self) -> int:\n", "def fourth():\n"]
     for prompt in prompts:
         before, _, rest = SOURCE.partition(prompt.header)
         assert (before + prompt.header).endswith(tokenizer.decode(prompt.tokens))
-        assert len(prompt.tokens) == 7 + len(prompt.header) - 1  # the colon and its line end are one token
+        assert len(prompt.tokens) == 30
         assert rest.startswith(tokenizer.decode(prompt.continuation))
         assert len(prompt.continuation) == 12
-    assert [p.header for p in function_prompts(SOURCE, tokenizer, 2, 7, 12)] == [
+    assert [p.header for p in function_prompts(SOURCE, tokenizer, 2, 30, 12)] == [
         "def first(a, b):\n",
         "    def second(self) -> int:\n",
     ]
-    assert len(function_prompts(SOURCE, tokenizer, 24, before=7, after=250)) == 2  # too little follows the last
+    assert len(function_prompts(SOURCE, tokenizer, 24, length=30, after=250)) == 2  # too little follows the last
+    assert len(function_prompts(SOURCE, tokenizer, 24, length=24, after=12)) == 2  # one header is longer
+    assert len(function_prompts(SOURCE, tokenizer, 24, length=220, after=12)) == 2  # too little is before the first
 
 
 def test_share_of_functions_that_parse(tokenizer, tmp_path):
@@ -145,12 +150,14 @@ def test_end_of_text_ends_the_function(tokenizer, tmp_path):
     assert evaluate(silent, tokenizer, SOURCE, tmp_path).metrics["parsable_functions"] == 0.0
 
 
-def test_decoding_ends_with_the_function(tokenizer, tmp_path):
-    model = Parrot(tokenizer, ["        return 1\n\nx" + "y" * 60])
+def test_decoding_ends_with_the_last_function(tokenizer, tmp_path):
+    model = Parrot(tokenizer, ["        return 1\n\nx" + "y" * 60, "        1\nz" + "y" * 60])
     steps = []
     model.register_forward_hook(lambda *call: steps.append(1))
-    prompt = tokenizer("    def f():", add_special_tokens=False)["input_ids"]
-    assert complete_function(model, tokenizer, prompt, "    def f():\n", 64) == "    def f():\n        return 1\n\n"
+    prompt = tokenizer("    def f():\n", add_special_tokens=False)["input_ids"]
+    functions = [FunctionPrompt(prompt, "    def f():\n", [])] * 2
+    made = complete_functions(model, tokenizer, functions, 64, no_progress)
+    assert made == ["    def f():\n        return 1\n\n", "    def f():\n        1\n"]
     assert len(steps) == len("        return 1\n\nx")
 
 
@@ -167,10 +174,13 @@ def test_greedy_with_a_cache_is_greedy_without(seed, tokenizer, tmp_path):
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = LlamaConfig(**sizes, vocab_size=len(tokenizer), max_position_embeddings=64)
     model = LlamaForCausalLM(config).eval().double()
-    ids = torch.randint(len(tokenizer), (7,)).tolist()
-    expected = list(ids)
+    prompts = torch.randint(len(tokenizer), (3, 7))
+    expected = prompts.tolist()
     with torch.no_grad():
-        for _ in range(10):
-            expected.append(int(model(torch.tensor([expected])).logits[0, -1].argmax()))
-    assert greedy(model, ids, 10) == expected[7:]
+        for row in expected:  # one at a time
+            for _ in range(10):
+                row.append(int(model(torch.tensor([row])).logits[0, -1].argmax()))
+    assert greedy(model, prompts, 10) == [row[7:] for row in expected]
+    early = greedy(model, prompts, 10, lambda row, new: row == 1 and len(new) == 4)
+    assert early == [row[7:11] if index == 1 else row[7:] for index, row in enumerate(expected)]
     assert 0 <= evaluate(model, tokenizer, SOURCE, tmp_path).metrics["parsable_functions"] <= 1  # within 64 positions
