@@ -13,11 +13,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+from filelock import FileLock, Timeout
 
 from tensorpress.errors import StepError
 
@@ -48,14 +50,15 @@ class PrefectServer:
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
         self.process: subprocess.Popen[bytes] | None = None
+        self._own: FileLock | None = None
+        self._passing: tempfile.TemporaryDirectory[str] | None = None
         given = os.environ.get("PREFECT_API_URL")
         self.address = next((a for a in (given, DEFAULT_ADDRESS) if a and answers(a)), "")
         if self.address:
             return
         port = _free_port()
         self.address = f"http://127.0.0.1:{port}/api"
-        home = store / "prefect"
-        home.mkdir(parents=True, exist_ok=True)
+        home = self._home(store / "prefect")
         log = (home / "server.log").open("wb")
         environment = {**os.environ, "PREFECT_HOME": str(home), "PREFECT_SERVER_EPHEMERAL_ENABLED": "false"}
         environment.pop("PREFECT_API_URL", None)
@@ -78,6 +81,17 @@ class PrefectServer:
             preexec_fn=_die_with_parent,
         )
 
+    def _home(self, shared: Path) -> Path:
+        """The store's own folder for Prefect's database, or, while another run's server has it, a passing one."""
+        shared.mkdir(parents=True, exist_ok=True)
+        self._own = FileLock(shared / "server.lock")
+        try:
+            self._own.acquire(blocking=False)
+        except Timeout:
+            self._passing = tempfile.TemporaryDirectory(prefix="tensorpress-prefect-", ignore_cleanup_errors=True)
+            return Path(self._passing.name)
+        return shared
+
     def wait(self) -> str:
         """Wait until the server answers; sets PREFECT_API_URL. Raises StepError when it does not come up."""
         end = time.monotonic() + START_SECONDS
@@ -92,14 +106,17 @@ class PrefectServer:
 
     def stop(self) -> None:
         """End the server if this run started it."""
-        if self.process is None or self.process.poll() is not None:
-            return
-        self.process.terminate()
-        try:
-            self.process.wait(5)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(5)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        if self._own is not None:
+            self._own.release()
+        if self._passing is not None:
+            self._passing.cleanup()
 
 
 @contextlib.contextmanager

@@ -17,11 +17,12 @@ from transformers import PreTrainedModel
 
 import tensorpress.evaluators.base as evaluators_base
 from tensorpress import digest
-from tensorpress.artifact import Store
+from tensorpress.artifact import Artifact, Store
 from tensorpress.evaluators.base import EvaluationData, Subject
 from tensorpress.evaluators.catalog import MEASURES, relative_metrics
 from tensorpress.loading import load, use_kernels, use_quick_kernels
 from tensorpress.source import read_tokenizer
+from tensorpress.tasks.card import card_of
 from tensorpress.tasks.planning import code_fingerprint, working_dtype
 from tensorpress.tasks.progress import reporter
 from tensorpress.tasks.tracking import Tracker
@@ -53,7 +54,8 @@ def run_evaluation(
     if run_id:
         store = Store(job["store"])
         with store.lock(subject["digest"]):
-            store.note(subject["digest"], {"metrics": result["metrics"]})
+            record = {**Artifact(store.folder(subject["digest"])).record, "metrics": result["metrics"]}
+            store.note(subject["digest"], record, card_of(record))
     return {**result, "work_seconds": time.monotonic() - start}
 
 

@@ -109,17 +109,21 @@ def config_kind(config: PretrainedConfig) -> Kind:
     return "causal" if name.endswith(("ForCausalLM", "LMHeadModel")) else "encoder"
 
 
+_known: dict[str, str] = {}
+
+
 def known_source(folder: Path, store: Store) -> ModelHandle:
     """Check and name a model folder; remembered by path, length and time of its files, since large models take minutes."""
     files = source_files(folder)
     seen = digest.of_json([[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files])
     place = store.root / "sources" / f"{seen}.json"
     if place.is_file():
-        return ModelHandle(str(folder.resolve()), place.read_text(encoding="utf-8").strip())
-    handle = check_source(folder)
-    if place.parent.is_dir():
-        write_whole(place, handle.digest)
-    return handle
+        _known[seen] = place.read_text(encoding="utf-8").strip()
+    elif seen not in _known:
+        _known[seen] = check_source(folder).digest
+    if place.parent.is_dir() and not place.is_file():
+        write_whole(place, _known[seen])
+    return ModelHandle(str(folder.resolve()), _known[seen])
 
 
 def code_fingerprint(use: str) -> str:
@@ -241,7 +245,7 @@ def _check_texts(recipe: Recipe, folder: Path) -> None:
 
 def _check_methods(recipe: Recipe, folder: Path, kind: Kind) -> None:
     """Let every method refuse the model before any of them works."""
-    from tensorpress.loading import load
+    from tensorpress.loading import outline
     from tensorpress.structure import find_structure
 
     for node in recipe.nodes:
@@ -250,7 +254,7 @@ def _check_methods(recipe: Recipe, folder: Path, kind: Kind) -> None:
             raise InputError(
                 f"steps.{node.step}: {node.method.use} needs a model of kind {' or '.join(kinds)}; this one is {kind}"
             )
-    model = load(folder)
+    model = outline(folder)
     structure = find_structure(model)
     for node in recipe.nodes:
         assert isinstance(node.method, Compressor)

@@ -19,9 +19,9 @@ from tensorpress.compressors.base import Calibration, Report
 from tensorpress.errors import InputError, StepError
 from tensorpress.evaluators.size import bytes_of, needed_files, original_parameters
 from tensorpress.loading import load
-from tensorpress.pictures.card import render_card
 from tensorpress.source import read_tokenizer
 from tensorpress.structure import find_structure, model_kind
+from tensorpress.tasks.card import card_of
 from tensorpress.tasks.planning import Job, calibration_windows, stored_dtype, working_dtype
 from tensorpress.tasks.progress import reporter
 from tensorpress.tasks.tracking import Tracker
@@ -84,20 +84,11 @@ def _work(job: Job, parent: Path, store: Store, writer: Writer) -> Artifact:
         "seconds": round(seconds, 3),
         "report": report.to_dict(),
         "recipe": job.recipe_yaml,
+        "title": f"{job.root['name']}, {job.step}",
+        "kind": model_kind(model),
+        "plain_gptq": plain_gptq(model) is not None,
     }
-    card = render_card(
-        {
-            "title": f"{job.root['name']}, {job.step}",
-            "base": job.root["source"],
-            "chain": record["chain"],
-            "metrics": {},
-            "recipe_yaml": job.recipe_yaml,
-            "how_to_load": "plain" if plain_gptq(model) else "tensorpress",
-            "kind": model_kind(model),
-            "licence": None,
-        }
-    )
-    return writer.write(model.eval(), parent, stored_dtype(original), record, card)
+    return writer.write(model.eval(), parent, stored_dtype(original), record, card_of(record))
 
 
 def _calibration(job: Job, parent: Path, store: Store) -> Calibration:

@@ -31,6 +31,7 @@ from tensorpress.loading import FORMAT_VERSION, REPLACED, TensorpressConfig, lay
 from tensorpress.structure import DENSE, find_structure
 
 RECORD = "tensorpress.json"
+CARD = "README.md"
 SHARD = "4GB"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 """Largest difference of logits between the model in memory and the folder opened in a fresh process."""
@@ -123,10 +124,10 @@ class Store:
             return None
         return None if artifact.problem() else artifact
 
-    def note(self, name: str, fields: dict[str, Any]) -> None:
-        """Add fields to the record of an artifact; its other files, and so its digests, stay as they are."""
-        artifact = Artifact(self.folder(name))
-        write_whole(artifact.folder / RECORD, json.dumps({**artifact.record, **fields}, indent=1))
+    def note(self, name: str, record: dict[str, Any], card: str) -> None:
+        """Renew the record and the card of an artifact; its other files, and so its digests, stay as they are."""
+        write_whole(self.folder(name) / CARD, card)
+        write_whole(self.folder(name) / RECORD, json.dumps(record, indent=1))
 
     def evaluation(self, name: str) -> dict[str, Any] | None:
         """A remembered measurement, or None."""
@@ -200,7 +201,6 @@ class Writer:
             for path in parent.glob(pattern):
                 if path.is_file() and not (self.part / path.name).exists():
                     shutil.copyfile(path, self.part / path.name)
-        (self.part / "README.md").write_text(card, encoding="utf-8")
         self._check(model)
         files = {
             path.name: {"bytes": path.stat().st_size, "sha256": digest.of_file(path)}
@@ -208,6 +208,7 @@ class Writer:
         }
         full = {"format_version": FORMAT_VERSION, "digest": self.name, **record, "files": files}
         (self.part / RECORD).write_text(json.dumps(full, indent=1), encoding="utf-8")
+        (self.part / CARD).write_text(card, encoding="utf-8")
         for path in self.part.iterdir():
             _sync(path)
         final = self.store.folder(self.name)

@@ -181,6 +181,18 @@ def load(
     return model.to(device).eval()
 
 
+def outline(folder: Path) -> PreTrainedModel:
+    """The model of a checked folder for asking what it is made of: without memory for its weights where that can be.
+
+    A compressed folder is opened whole, since kernels look at their integers. Raises InputError.
+    """
+    config = check_folder(folder)
+    if config_of(config):
+        return load(folder)
+    with torch.device("meta"):
+        return _auto_class(config).from_config(config).eval()
+
+
 def _check_whole(folder: Path, model: PreTrainedModel, found: dict[str, Any]) -> None:
     """Refuse weights that do not fill the model: transformers would draw the missing ones at random. Raises InputError.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from transformers import AutoTokenizer, PretrainedConfig
 from tensorpress import digest
 from tensorpress.checks import check_finite, check_folder, check_tokenizer, weight_files
 from tensorpress.errors import InputError
-from tensorpress.loading import config_of
+from tensorpress.loading import config_of, load
 from tensorpress.text import demo_folder
 
 HUB_TIMEOUT = 5.0
@@ -63,13 +65,14 @@ def resolve(source: str, revision: str | None = None) -> Path:
 
 
 def check_source(folder: Path) -> ModelHandle:
-    """Check a model folder whole (config, safetensors, finite weights, tokenizer) and name it by its content.
+    """Check a model folder whole (config, safetensors, finite weights that fill the model, tokenizer) and name it by its content.
 
     Raises InputError with one clear line.
     """
     config = check_folder(folder)
     check_finite(folder)
     check_tokenizer(read_tokenizer(folder), config, folder)
+    load(folder)
     return ModelHandle(str(folder.resolve()), folder_digest(folder))
 
 
@@ -110,13 +113,24 @@ def _from_hub(name: str, revision: str | None) -> Path:
     except (LocalEntryNotFoundError, FileNotFoundError, ValueError):
         pass
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    try:
-        # What is asked first below, without a limit of time: here with one.
-        httpx.head(f"{endpoint}/api/models/{name}", timeout=HUB_TIMEOUT, follow_redirects=False)
-    except (httpx.HTTPError, httpx.InvalidURL, OSError):
-        raise InputError(f"model.source: {name} is not a folder here, and no model hub answers at {endpoint}") from None
+    if not answers(f"{endpoint}/api/models/{name}", HUB_TIMEOUT):  # what is asked first below, without a limit of time
+        raise InputError(f"model.source: {name} is not a folder here, and no model hub answers at {endpoint}")
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, etag_timeout=HUB_TIMEOUT))
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise InputError(f"model.source: {name} cannot be fetched from {endpoint}: {reason}") from None
+
+
+def answers(address: str, seconds: float) -> bool:
+    """Whether anything answers at an address within that time, name service included (which knows no limit of its own)."""
+    found: list[int] = []
+
+    def ask() -> None:
+        with contextlib.suppress(httpx.HTTPError, httpx.InvalidURL, OSError):
+            found.append(httpx.head(address, timeout=seconds, follow_redirects=False).status_code)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(seconds)
+    return bool(found)

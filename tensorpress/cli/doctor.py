@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -128,21 +127,10 @@ def port_answer(port: int) -> str:
 
 def hub_answer() -> str:
     """Whether a model hub answers within two seconds, name service included."""
-    import httpx
+    from tensorpress.source import answers
 
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    answers: list[int] = []
-
-    def ask() -> None:
-        try:
-            answers.append(httpx.head(endpoint, timeout=HUB_SECONDS).status_code)
-        except (httpx.HTTPError, httpx.InvalidURL, OSError):
-            return
-
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(HUB_SECONDS)
-    return f"{endpoint} answers" if answers else "no hub answers; local models work"
+    return f"{endpoint} answers" if answers(endpoint, HUB_SECONDS) else "no hub answers; local models work"
 
 
 def _processor() -> dict[str, Any]:

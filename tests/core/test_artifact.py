@@ -55,7 +55,7 @@ def test_written_checked_and_renamed(written, store, compressed, make_ids, outpu
     assert record["chain"] == [{"step": "a"}] and record["seed"] == 3
     names = {path.name for path in written.folder.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md", "tensorpress.json"} <= names
-    assert set(record["files"]) == names - {"tensorpress.json"}
+    assert set(record["files"]) == names - {"tensorpress.json", "README.md"}
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl", ".probe"))]
     assert (written.folder / "README.md").read_text() == "# a card"
     assert written.problem() is None and store.artifact(NAME).folder == written.folder

@@ -6,6 +6,7 @@ import shutil
 import socket
 import struct
 import threading
+import time
 
 import pytest
 import torch
@@ -268,3 +269,15 @@ def test_a_hub_that_accepts_and_never_answers(no_hub, monkeypatch, one_line):
         with pytest.raises(InputError) as caught:
             resolve("owner/name")
     one_line(caught, "owner/name is not a folder here, and no model hub answers at http://127.0.0.1")
+
+
+@pytest.mark.timeout(60)
+def test_a_name_service_that_is_dead(no_hub, monkeypatch, one_line):
+    monkeypatch.setenv("HF_ENDPOINT", "http://hub.invalid")
+    released, start = threading.Event(), time.monotonic()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: released.wait(50) and [])
+    with pytest.raises(InputError) as caught:
+        resolve("owner/name")
+    assert time.monotonic() - start < 10
+    released.set()
+    one_line(caught, "no model hub answers at http://hub.invalid")

@@ -57,6 +57,9 @@ def test_a_recipe_with_every_step_runs_is_tracked_and_then_cached(address, recip
         artifact = Artifact(Path(node["path"]))
         assert artifact.problem() is None and artifact.folder.name == node["digest"]
         assert not list(artifact.folder.glob("*.bin")) and (artifact.folder / "README.md").is_file()
+    measured = Artifact(Path(nodes[four]["path"]))
+    assert measured.record["metrics"]["kl_divergence"] == nodes[four]["metrics"]["kl_divergence"]
+    assert "| perplexity ratio |" in (measured.folder / "README.md").read_text()
     assert not list((place / "mlruns/models").glob(".part*"))
     mixed = AutoModelForCausalLM.from_pretrained(nodes[three]["path"])
     assert mixed.dtype == torch.bfloat16
@@ -74,6 +77,8 @@ def test_a_recipe_with_every_step_runs_is_tracked_and_then_cached(address, recip
     assert child.data.metrics["perplexity_ratio"] == pytest.approx(nodes[four]["metrics"]["perplexity_ratio"])
     assert child.data.params["gptq.bits"] == "4"
     model = client.get_logged_model(child.data.tags["tensorpress.model_id"])
+    assert len(client.get_metric_history(child.info.run_id, "perplexity_ratio")) == 1
+    assert "perplexity_ratio" in {metric.key for metric in model.metrics}
     assert model.tags["path"] == nodes[four]["path"] and model.tags["weights"] == "by reference"
     files = {f.path for f in client.list_artifacts(document["mlflow_run_id"])}
     assert files >= {"report.html", "run.json", "recipe.yaml", "pictures"}
