@@ -121,7 +121,7 @@ A Llama of {parameters:,} parameters that writes Python, made for trying and mea
 |---|---|---|---|
 {rows}
 
-Greedy completions:
+Greedy completions, the prompt first:
 
 {shown}
 """
@@ -148,10 +148,11 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(TARGET)
     test, other = (measure(model, tokenizer, texts[name]) for name in ("test.txt", "other.txt"))
     curve = json.loads((args.source / "loss_curve.json").read_text())
-    prompts = [
-        "for i in range(10):\n    ",
-        "def read_lines(path):\n    ",
-        "class Stack:\n    def __init__(self):\n        ",
+    prompts = [  # a line break and the indentation after it are one token: a prompt ends before both
+        "def total(values):\n    result = 0\n    for value in values:",
+        "import os\n\ndef files(path):\n    for name in os.listdir(path):",
+        "    def test_add(self):\n        for x in",
+        "class Stack:\n    def __init__(self):",
     ]
     samples = [complete(model, tokenizer, prompt) for prompt in prompts]
     curve_picture(curve, TARGET / "loss_curve.png")
