@@ -8,8 +8,6 @@ from typing import Any
 
 import yaml
 
-from tensorpress.errors import InputError
-
 
 def compress(
     recipe: str | Path | dict[str, Any], *, overrides: Sequence[str] = (), store: str | Path = "mlruns"
@@ -23,17 +21,14 @@ def compress(
     from tensorpress.compressors.catalog import METHODS
     from tensorpress.evaluators.catalog import MEASURES
     from tensorpress.flows.server import connected, prefect_server
-    from tensorpress.recipe import parse_text
+    from tensorpress.recipe import parse_text, read
     from tensorpress.tasks.planning import make_plan
 
     folder = Path.cwd()
     if isinstance(recipe, dict):
         text = yaml.safe_dump(recipe, sort_keys=False)
     else:
-        path = Path(recipe)
-        if not path.is_file():
-            raise InputError(f"{path}: no such recipe file")
-        text, folder = path.read_text(encoding="utf-8"), path.absolute().parent
+        text, folder = read(recipe), Path(recipe).absolute().parent
     place = Path(store).absolute()
     arguments: dict[str, Any] = {
         "recipe": text,

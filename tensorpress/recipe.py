@@ -138,21 +138,15 @@ class Recipe(Part):
         return chain[::-1]
 
 
-def read(
-    path: str | Path, methods: Mapping[str, type[Method]], measures: Mapping[str, Any], overrides: Any = ()
-) -> Recipe:
-    """Read and check a recipe file; `overrides` are strings like `steps.quantize.bits=3`.
-
-    Raises InputError with one line for each problem.
-    """
+def read(path: str | Path) -> str:
+    """The text of a recipe file. Raises InputError with one line."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(f"{path}: no such recipe file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
-    return parse_text(text, methods, measures, overrides, path.parent, str(path))
 
 
 def parse_text(
@@ -163,7 +157,10 @@ def parse_text(
     folder: Path = Path(),
     name: str = "recipe",
 ) -> Recipe:
-    """Check a recipe given as YAML text; paths in it must lie in `folder` or the working folder. See `read`."""
+    """Check a recipe given as YAML text; paths in it must lie in `folder` or the working folder.
+
+    `overrides` are strings like `steps.quantize.bits=3`. Raises InputError with one line for each problem.
+    """
     try:
         data = _load_yaml(text)
     except ValueError as error:

@@ -124,15 +124,11 @@ def contract(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parameters(recipe: str, overrides: list[str] | None, store: Path, kernels: str) -> dict[str, Any]:
+    from tensorpress.recipe import read
+
     path = recipe_path(recipe)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such recipe file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
     return {
-        "recipe": text,
+        "recipe": read(path),
         "folder": str(path.absolute().parent),
         "overrides": overrides or [],
         "store": str(store.absolute()),

@@ -392,7 +392,7 @@ def test_paths_that_are_none_do_not_crash(value, tmp_path):
 def test_files(tmp_path, one_line):
     path = tmp_path / "r.yaml"
     path.write_text(GOOD, encoding="utf-8")
-    assert read(path, METHODS, MEASURES).name == "quickstart"
+    assert read(path) == GOOD
     for name, content, part in [
         ("none.yaml", None, "no such recipe file"),
         ("latin.yaml", b"name: \xe9", "cannot be read"),
@@ -400,10 +400,10 @@ def test_files(tmp_path, one_line):
         if content is not None:
             (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError) as caught:
-            read(tmp_path / name, METHODS, MEASURES)
+            read(tmp_path / name)
         one_line(caught, part, name)
     with pytest.raises(InputError) as caught:
-        read(tmp_path, METHODS, MEASURES)
+        read(tmp_path)
     one_line(caught, "cannot be read")
 
 
