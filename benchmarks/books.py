@@ -11,6 +11,7 @@ too where it is installed (extra `gptq`), else its figures of the data's README 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import lzma
@@ -59,11 +60,12 @@ def gptqmodel_perplexity(folder: Path, bits: int, texts: list[str], rows: torch.
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     from gptqmodel import GPTQModel, QuantizeConfig
 
-    model = GPTQModel.load(str(folder), QuantizeConfig(bits=bits, group_size=128, sym=True))
-    model.quantize(texts, batch_size=8)
-    with tempfile.TemporaryDirectory() as place:
-        model.save(place)
-        return perplexity(load(place, dtype=torch.float32), rows)
+    folder = folder.absolute()
+    with tempfile.TemporaryDirectory() as place, contextlib.chdir(place):  # it writes logs where it stands
+        model = GPTQModel.load(str(folder), QuantizeConfig(bits=bits, group_size=128, sym=True))
+        model.quantize(texts, batch_size=8)
+        model.save(f"{place}/quantized")
+        return perplexity(load(f"{place}/quantized", dtype=torch.float32), rows)
 
 
 def measure(data: Path, quick: bool, progress: Callable[[str], None]) -> dict[str, Any]:
