@@ -37,7 +37,7 @@ build/types/tensorpress: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/types .
 
 tests: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(BIN)/pytest -q
 
 # The extra `gptq` needs another numpy: an environment of its own.
 GPTQ_VENV ?= .venv-gptq
@@ -48,7 +48,7 @@ test-gptq:
 	$(GPTQ_VENV)/bin/python -m pip install --quiet -c build/constraints-gptq.txt torch numpy==2.2.6 setuptools wheel
 	$(GPTQ_VENV)/bin/python -m pip install --quiet -c build/constraints-gptq.txt gptqmodel==7.6.0 optimum
 	$(GPTQ_VENV)/bin/python -m pip install --quiet -c build/constraints-gptq.txt -e . pytest pytest-timeout
-	GPTQMODEL_CPU_WORKERS=2 $(GPTQ_VENV)/bin/python -m pytest -q -m extra tests/extra
+	GPTQMODEL_CPU_WORKERS=2 $(GPTQ_VENV)/bin/pytest -q -m extra tests/extra
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -188,11 +188,12 @@ class _Checkpoint:
             return [], 0, None
         state = json.loads((self.folder / "walk.json").read_text())
         rows: list[LayerReport] = []
-        hidden = load_file(self.folder / state["hidden"])
+        device = str(model.device)
+        hidden = load_file(self.folder / state["hidden"], device)
         for block in structure.blocks[: state["next"]]:
             saved = json.loads((self.folder / f"block-{block.index:05d}.json").read_text())
             apply_layers(model, {f"{block.path}.{path}": spec for path, spec in saved["layers"].items()})
-            weights = load_file(self.folder / f"block-{block.index:05d}.safetensors")
+            weights = load_file(self.folder / f"block-{block.index:05d}.safetensors", device)
             model.get_submodule(block.path).load_state_dict(weights, assign=True)
             rows += [LayerReport(**row) for row in saved["rows"]]
         return rows, state["next"], [hidden[f"{i:05d}"] for i in range(len(hidden))]

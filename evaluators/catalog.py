@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from tensorpress.evaluators.base import Evaluator
 from tensorpress.evaluators.fidelity import Fidelity
@@ -26,6 +26,15 @@ MEASURES: dict[str, type[Evaluator]] = {
 def applicable(name: str, kind: Kind) -> bool:
     """Whether the measure `name` can measure models of this kind. Raises KeyError for a name that is not known."""
     return kind in MEASURES[name].kinds
+
+
+def given_metrics(names: Iterable[str], kind: Kind, *, other: bool, demo: bool) -> set[str]:
+    """Metrics that measures give for models of a kind: with a text of another domain or without, of the demo model or not."""
+    found = {metric for name in names for metric in MEASURES[name].gives}
+    causal_only = {"kl_divergence", "top1_agreement"} | {metric for metric in found if "decode" in metric}
+    found -= causal_only if kind == "encoder" else {"embedding_cosine"}
+    found -= set() if demo else {"parsable_functions"}
+    return {metric for metric in found if other or not metric.endswith("_other")}
 
 
 def relative_metrics(metrics: Mapping[str, float], original: Mapping[str, float]) -> dict[str, float]:

@@ -16,6 +16,7 @@ from tensorpress.evaluators.base import EvaluationData, Evaluator, Measurement, 
 from tensorpress.evaluators.generation import step
 from tensorpress.evaluators.perplexity import position_limit
 from tensorpress.kernels import registry
+from tensorpress.kernels.quantized_linear import QuantizedLinear
 from tensorpress.structure import model_kind
 
 
@@ -41,8 +42,9 @@ def _now(device: torch.device) -> float:
 
 
 def resident_bytes(model: nn.Module) -> int:
-    """Bytes of a model's parameters and buffers, shared ones once."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    """Bytes of a model's parameters and buffers, shared ones once, and of what its kernels keep beside them."""
+    kept = [m.unpacked[1] for m in model.modules() if isinstance(m, QuantizedLinear) and m.unpacked is not None]
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers(), *kept))
 
 
 def device_name(device: torch.device) -> str:
@@ -150,7 +152,7 @@ class Speed(Evaluator):
             "repeats": repeats,
             "peak_memory": "weights, cache and activations on the GPU"
             if on_gpu
-            else "weights resident (parameters, buffers)",
+            else "weights resident (parameters, buffers, what kernels keep)",
         }
 
 

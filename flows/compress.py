@@ -53,7 +53,7 @@ class CompressParameters(BaseModel):
 def prepare(parameters: CompressParameters) -> Plan:
     """Check a run's recipe, model and texts; nothing is written. Raises InputError."""
     recipe = recipes.parse_text(parameters.recipe, METHODS, MEASURES, parameters.overrides, Path(parameters.folder))
-    return make_plan(recipe, Store(parameters.store), parameters.recipe)
+    return make_plan(recipe, Store(parameters.store), recipes.resolved(parameters.recipe, parameters.overrides))
 
 
 @flow(name="compress", task_runner=ThreadPoolTaskRunner(max_workers=1), persist_result=False, validate_parameters=True)  # type: ignore[arg-type]
@@ -64,7 +64,8 @@ def compress(parameters: CompressParameters) -> dict[str, Any]:
     plan.store.open()
     context = get_run_context()
     flow_run_id = str(context.flow_run.id)  # type: ignore[union-attr]
-    tracker = Tracker.start(plan, flow_run_id, parameters.recipe)
+    asked = {"overrides": ", ".join(parameters.overrides) or "-", "kernels": parameters.kernels}
+    tracker = Tracker.start(plan, flow_run_id, asked)
     try:
         run = _run(plan, tracker, parameters.kernels)
         run |= {"flow_run_id": flow_run_id, "mlflow_run_id": tracker.handle["run_id"]}
@@ -81,24 +82,22 @@ def _run(plan: Plan, tracker: Tracker, kernels: str) -> dict[str, Any]:
     began = time.monotonic()
     handle = tracker.handle
     root = load_model.submit(plan.recipe.model.source, plan.root.path, str(plan.store.root))
-    steps: dict[str, PrefectFuture[Any]] = {}
-    for name, job in plan.jobs.items():
-        parent = steps.get(job.parent, root)
-        steps[name] = run_step.submit(name, job.to_dict(), parent, handle)  # type: ignore[call-overload]
     asked = _evaluation_job(plan, kernels)
     original = run_evaluation.submit("original", asked, root, None, handle)  # type: ignore[call-overload]
-    measured = {
-        name: run_evaluation.submit(name, asked, steps[name], original, handle)  # type: ignore[call-overload]
-        for name in plan.evaluated
-    }
+    steps: dict[str, PrefectFuture[Any]] = {}
+    measured: dict[str, PrefectFuture[Any]] = {}
+    for name, job in plan.jobs.items():  # what is made is measured next: its MLflow run then ends
+        parent, last = steps.get(job.parent, root), name not in plan.evaluated
+        steps[name] = run_step.submit(name, job.to_dict(), parent, handle, last)  # type: ignore[call-overload]
+        if not last:
+            measured[name] = run_evaluation.submit(name, asked, steps[name], original, handle)  # type: ignore[call-overload]
     results = {name: _outcome(future) for name, future in steps.items()}
     figures = {name: _outcome(future) for name, future in measured.items()}
     first = _outcome(original)
     inside = sum(r.get("work_seconds", 0.0) for r in (*results.values(), *figures.values(), first))
-    for name, result in results.items():
-        problem = figures.get(name, {}).get("error")
-        if result.get("run_id"):
-            tracker.close_step(result["run_id"], problem)
+    for name, figure in figures.items():
+        if figure.get("error") and results[name].get("run_id"):
+            tracker.close_step(results[name]["run_id"], figure["error"])
     run = _document(plan, results, figures, first)
     run["_inside"] = min(inside, time.monotonic() - began)
     return run
@@ -161,6 +160,7 @@ def _document(
                 "run_id": result.get("run_id"),
             }
         )
+    mark_beaten(artifacts)
     gates = judge(plan, artifacts)
     failed = bool(original.get("error")) or any(a["error"] for a in artifacts)
     verdict = "FAILED" if failed else "ACCEPT" if all(g["holds"] for g in gates.values()) else "REJECT"
@@ -183,27 +183,39 @@ def _document(
     }
 
 
+def mark_beaten(artifacts: list[dict[str, Any]]) -> None:
+    """Set `beaten_by` of each artifact: the best leaf that is no larger and no worse than this leaf, or None."""
+    places = {
+        a["node"]: (a["metrics"]["perplexity_ratio"], a["metrics"]["size_ratio"])
+        for a in artifacts
+        if a["leaf"] and {"perplexity_ratio", "size_ratio"} <= set(a["metrics"])
+    }
+    for artifact in artifacts:
+        own = places.get(artifact["node"], (-1.0, -1.0))
+        better = [
+            n for n, place in places.items() if place != own and all(x <= y for x, y in zip(place, own, strict=True))
+        ]
+        artifact["beaten_by"] = min(better, key=lambda node: places[node], default=None)
+
+
 def judge(plan: Plan, artifacts: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Hold every leaf against every gate; a leaf that has not the metric does not hold."""
     gates: dict[str, dict[str, Any]] = {}
     for metric, gate in plan.recipe.gates.items():
-        worst, branch, holds = None, "", True
-        for artifact in (a for a in artifacts if a["leaf"]):
-            value = artifact["metrics"].get(metric)
-            held = (
-                value is not None
-                and (gate.max is None or value <= gate.max)
-                and (gate.min is None or value >= gate.min)
-            )
-            excess = _excess(value, gate.min, gate.max)
-            if worst is None or excess > _excess(worst, gate.min, gate.max):
-                worst, branch = value, artifact["node"]
-            holds = holds and held
-        gates[metric] = {"min": gate.min, "max": gate.max, "holds": holds, "worst": worst, "branch": branch}
+        values = {a["node"]: a["metrics"].get(metric) for a in artifacts if a["leaf"]}
+        branch = max(values, key=lambda node: _excess(values[node], gate.min, gate.max))
+        gates[metric] = {
+            "min": gate.min,
+            "max": gate.max,
+            "holds": _excess(values[branch], gate.min, gate.max) <= 0,
+            "worst": values[branch],
+            "branch": branch,
+        }
     return gates
 
 
 def _excess(value: float | None, low: float | None, high: float | None) -> float:
+    """How far a value lies outside its bounds, infinite where there is none; within them 0 or below."""
     if value is None or value != value:
         return float("inf")
     return max(value - high if high is not None else -float("inf"), low - value if low is not None else -float("inf"))

@@ -58,6 +58,8 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("g_idx", torch.arange(in_features, dtype=torch.int32) // self.group_size)
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
         self.kernel = "auto"
+        self.unpacked: tuple[torch.Tensor, torch.Tensor] | None = None
+        """What the kernel `unpacked` keeps: the integers that it was made of, and the dense weight."""
 
     @classmethod
     def from_integers(
@@ -131,10 +133,10 @@ def quantized_linear_reference(layer: QuantizedLinear, x: torch.Tensor) -> torch
 
 def quantized_linear_unpacked(layer: QuantizedLinear, x: torch.Tensor) -> torch.Tensor:
     """The reference with the dequantized weight kept in memory: the same numbers, faster, at the memory of a dense layer."""
-    kept = getattr(layer, "_unpacked", None)
+    kept = layer.unpacked
     if kept is None or kept[0] is not layer.qweight or kept[1].dtype != x.dtype or kept[1].device != x.device:
         kept = (layer.qweight, layer.dense_weight().to(x.dtype).contiguous())
-        object.__setattr__(layer, "_unpacked", kept)
+        layer.unpacked = kept
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
     return nn.functional.linear(x, kept[1], bias)
 

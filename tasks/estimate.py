@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from tensorpress.artifact import RECORD, Store
 from tensorpress.checks import read_config, weight_files
 from tensorpress.compressors.catalog import METHODS
+from tensorpress.compressors.recover.distill import MICRO_BATCH
 from tensorpress.evaluators.size import bytes_of, needed_files, original_parameters
 from tensorpress.pictures.tables import human_bytes, human_seconds
 from tensorpress.source import is_compressed
@@ -21,7 +23,9 @@ from tensorpress.tasks.planning import Job, Plan, stored_dtype, working_dtype
 BESIDE_ORIGINAL = {"distill", "fidelity", "speed"}
 """Methods and measures that hold the original in memory beside the model."""
 TRAINED = {"distill"}
-"""Methods that train: a gradient and two moments for each weight, in float32."""
+"""Methods that train: a gradient, two moments and the best weights twice for each weight, in float32; and logits."""
+LOGITS = 4 * 4
+"""Bytes for each number of a batch of logits: of teacher and student, and their gradients."""
 
 
 def estimate(plan: Plan) -> dict[str, Any]:
@@ -69,8 +73,9 @@ def _node(plan: Plan, job: Job, known: list[dict[str, Any]]) -> dict[str, Any]:
     note = [short_config(job.use, job.config)]
     if cached:
         note.append(human_bytes(bytes_of(needed_files(plan.store.folder(job.digest)))))
-    elif seconds is not None:
-        note.append(f"about {human_seconds(seconds)}")
+    else:
+        note.append(f"about {human_bytes(expected_bytes(plan, job))}")
+        note += [f"about {human_seconds(seconds)}"] if seconds is not None else []
     return {
         "node": job.node,
         "step": job.step,
@@ -81,6 +86,29 @@ def _node(plan: Plan, job: Job, known: list[dict[str, Any]]) -> dict[str, Any]:
         "note": ", ".join(part for part in note if part),
         "seconds": seconds,
     }
+
+
+def expected_bytes(plan: Plan, job: Job) -> int:
+    """Bytes of weights that a step's artifact will have, by the settings of the steps that lead to it.
+
+    Counts bits, scales and zeros of `gptq`, the share that `mpo` keeps and that `finercut` removes (of all sublayers alike).
+    """
+    folder = Path(plan.root.path)
+    width = stored_dtype(folder).itemsize
+    dense = {path: float(count) for path, count in plan.layers.items()}
+    fixed = width * (original_parameters(folder) - sum(dense.values()))
+    for config in (link["config"] for link in job.chain):
+        if config["use"] == "finercut":
+            dense = {path: count * (1 - config["remove"]) for path, count in dense.items()}
+        elif config["use"] == "mpo" and config["keep"] is not None:
+            for path in [p for p in dense if any(fnmatch.fnmatchcase(p, pattern) for pattern in config["layers"])]:
+                fixed += width * dense.pop(path) * config["keep"]
+        elif config["use"] == "gptq":
+            group = config["group_size"] if config["group_size"] > 0 else 4096
+            bits = config["bits"] + (16 + config["bits"]) / group
+            fixed += sum(dense.values()) * bits / 8
+            dense = {}
+    return round(fixed + width * sum(dense.values()))
 
 
 def _measured_seconds(store: Store, root: str) -> list[dict[str, Any]]:
@@ -115,11 +143,14 @@ def _memory(plan: Plan) -> tuple[int, str]:
     spec = plan.recipe.data.calibration
     hidden = int(config.get_text_config().hidden_size)
     activations = 2 * spec.samples * spec.length * hidden * dtype.itemsize  # into a block and out of it
+    training = 5 * 4 * parameters + LOGITS * min(MICRO_BATCH, 4096 * config.get_text_config().vocab_size)
+    inputs = getattr(config.get_text_config(), "intermediate_size", 4 * hidden)  # of the widest layer
     works = {job.use for name, job in plan.jobs.items() if not plan.cached[name]}
     needs = dict.fromkeys([*plan.recipe.evaluate.use], model)
     for use in works:
         needs[use] = model + (activations if METHODS[use].needs_calibration else 0)
-        needs[use] += 3 * 4 * parameters if use in TRAINED else 0
+        needs[use] += training if use in TRAINED else 0
+        needs[use] += 36 * inputs**2 if use == "gptq" else 0
     for name in BESIDE_ORIGINAL & set(needs):
         needs[name] += model
     largest = max(needs, key=lambda name: needs[name]) if needs else ""
@@ -129,7 +160,7 @@ def _memory(plan: Plan) -> tuple[int, str]:
     if largest in works and METHODS[largest].needs_calibration:
         made_of.append(f"calibration {human_bytes(activations)}")
     if largest in TRAINED:
-        made_of.append(f"training {human_bytes(3 * 4 * parameters)}")
+        made_of.append(f"training {human_bytes(training)}")
     return int(needs.get(largest, model)), f"{largest}: {', '.join(made_of)}" if largest else made_of[0]
 
 

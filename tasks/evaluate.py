@@ -10,23 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from transformers import PreTrainedModel
 
-import tensorpress.evaluators.base as evaluators_base
 from tensorpress import digest
 from tensorpress.artifact import Artifact, Store
 from tensorpress.evaluators.base import EvaluationData, Subject
 from tensorpress.evaluators.catalog import MEASURES, relative_metrics
+from tensorpress.evaluators.data import evaluation_data
+from tensorpress.kernels import registry
 from tensorpress.loading import load, use_kernels, use_quick_kernels
 from tensorpress.source import read_tokenizer
 from tensorpress.tasks.card import card_of
-from tensorpress.tasks.planning import code_fingerprint, working_dtype
+from tensorpress.tasks.planning import evaluation_fingerprint, working_dtype
 from tensorpress.tasks.progress import reporter
 from tensorpress.tasks.tracking import Tracker
-from tensorpress.text import read_text, tokenise, windows
+from tensorpress.text import read_text
 
 
 @task(name="evaluate", task_run_name="evaluate {label}", cache_policy=NO_CACHE, persist_result=False)
@@ -52,6 +52,8 @@ def run_evaluation(
         raise
     tracker.measured(run_id or tracking["run_id"], result, None if run_id else "original.")
     if run_id:
+        sizes = {name: value for name, value in subject["size"].items() if name not in result["metrics"]}
+        tracker.close_step(run_id, None, sizes)
         store = Store(job["store"])
         with store.lock(subject["digest"]):
             record = {**Artifact(store.folder(subject["digest"])).record, "metrics": result["metrics"]}
@@ -70,6 +72,7 @@ def measure(
     conditions: dict[str, Any] = {}
     texts: dict[str, str] = {}
     cached = True
+    usual: dict[str, int] = {}
     for name in job["measures"]:
         key = _key(name, job, subject)
         with store.lock(f"evaluation-{key}"):
@@ -79,10 +82,13 @@ def measure(
                 session.set_kernels(timed=MEASURES[name].timed)
                 measured = MEASURES[name]().evaluate(session.subject, session.data, reporter(label))
                 found = {"metrics": measured.metrics, "conditions": measured.conditions, "texts": measured.texts}
+                found["kernels"] = registry.names_in_use(session.subject.model)
                 store.remember("evaluations", key, found)
         metrics.update(found["metrics"])
         conditions.update(found["conditions"])
+        usual = found["kernels"]
         texts.update(found["texts"])
+    conditions = {"threads": torch.get_num_threads(), "dtype": job["dtype"], "kernels": usual, **conditions}
     if original is not None:
         metrics.update(relative_metrics(metrics, original["metrics"]))
     else:
@@ -94,27 +100,6 @@ def measure(
         "seconds": round(time.monotonic() - start, 3),
         "cached": cached,
     }
-
-
-def evaluation_data(job: dict[str, Any], tokenizer: Any) -> EvaluationData:
-    """Read and cut the texts of a job's evaluation settings."""
-    spec = job["evaluation"]
-    if not set(job["measures"]) - {"size", "sts"}:  # neither reads a text
-        data = EvaluationData(torch.zeros(0, spec["length"], dtype=torch.int64), 0, tokenizer, "none")
-        data.pairs = Path(spec["pairs"]).expanduser() if spec["pairs"] else None
-        return data
-    text = read_text(spec["source"], spec["split"], "data.evaluation.source")
-    ids = tokenise(text, tokenizer)
-    rows = windows(ids, spec["length"], spec["samples"], "data.evaluation")
-    data = EvaluationData(rows, _bytes(rows, tokenizer), tokenizer, text.name, demo=job["demo"])
-    if spec["other"]:
-        other = read_text(spec["other"], "other", "data.evaluation.other")
-        count = max(1, spec["samples"] // 4)
-        data.other_windows = windows(tokenise(other, tokenizer), spec["length"], count, "data.evaluation.other")
-        data.other_bytes, data.other_name = _bytes(data.other_windows, tokenizer), other.name
-    if spec["pairs"]:
-        data.pairs = Path(spec["pairs"]).expanduser()
-    return data
 
 
 class _Session:
@@ -143,18 +128,15 @@ class _Session:
     @property
     def data(self) -> EvaluationData:
         if self._data is None:
-            self._data = evaluation_data(self.job, read_tokenizer(self.folder))
+            self._data = evaluation_data(
+                self.job["evaluation"], self.job["measures"], self.job["demo"], read_tokenizer(self.folder)
+            )
         return self._data
 
     def _original(self, model: PreTrainedModel) -> Callable[[], PreTrainedModel]:
         if self.is_original:
             return lambda: model
         return lru_cache(maxsize=1)(lambda: load(self.job["root"]["path"], dtype=working_dtype(self.job["dtype"])))
-
-
-def _bytes(rows: torch.Tensor, tokenizer: Any) -> int:
-    """UTF-8 bytes of the text that windows of ids decode to."""
-    return len(tokenizer.decode(rows.flatten().tolist(), clean_up_tokenization_spaces=False).encode())
 
 
 def _key(name: str, job: dict[str, Any], subject: dict[str, Any]) -> str:
@@ -171,8 +153,6 @@ def _key(name: str, job: dict[str, Any], subject: dict[str, Any]) -> str:
         if MEASURES[name].timed
         else None
     )
-    folder = Path(evaluators_base.__file__).parent
-    kernels = code_fingerprint("gptq") if MEASURES[name].timed else None
     return digest.of_json(
         {
             "measure": name,
@@ -181,11 +161,9 @@ def _key(name: str, job: dict[str, Any], subject: dict[str, Any]) -> str:
             "data": [texts, spec["samples"], spec["length"], job["demo"]],
             "dtype": job["dtype"],
             "machine": machine,
-            "kernels": kernels,
-            "code": digest.of_code(folder),
-            "versions": [torch.__version__, transformers.__version__],
+            "code": evaluation_fingerprint(),
         }
     )[:32]
 
 
-__all__ = ["evaluation_data", "measure", "run_evaluation"]
+__all__ = ["measure", "run_evaluation"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import math
+import tempfile
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -17,17 +18,15 @@ from tensorpress.artifact import Store, write_whole
 from tensorpress.checks import check_folder, read_config
 from tensorpress.compressors.base import Compressor
 from tensorpress.compressors.catalog import METHODS
-from tensorpress.errors import InputError, StepError, nearest
-from tensorpress.evaluators.catalog import MEASURES, applicable
+from tensorpress.compressors.data import VALIDATION_SHARE
+from tensorpress.errors import InputError, nearest
+from tensorpress.evaluators.catalog import MEASURES, applicable, given_metrics
 from tensorpress.evaluators.sts import read_pairs
 from tensorpress.kernels import registry
 from tensorpress.recipe import ROOT, Node, Recipe
 from tensorpress.source import ModelHandle, check_source, read_tokenizer, resolve, source_files
 from tensorpress.structure import Kind
-from tensorpress.text import Text, random_windows, read_text, tokenise, windows
-
-VALIDATION_SHARE = 0.1
-"""Share of the calibration text, at its end, that is kept for guards and never trained on."""
+from tensorpress.text import Text, has_tokens, overlap, read_text
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,9 @@ class Plan:
     jobs: dict[str, Job]
     cached: dict[str, bool]
     leaves: tuple[str, ...]
+    recipe_yaml: str
+    layers: dict[str, int]
+    """Parameters of each linear layer in the root's blocks; empty where every step is cached."""
 
     @property
     def evaluated(self) -> tuple[str, ...]:
@@ -91,9 +93,9 @@ def make_plan(recipe: Recipe, store: Store, recipe_yaml: str = "") -> Plan:
         parent = jobs.get(node.parent)
         jobs[node.id] = _job(recipe, node, parent, root, data, store, recipe_yaml)
     cached = {name: store.artifact(job.digest) is not None for name, job in jobs.items()}
-    if not all(cached.values()):
-        _check_methods(recipe, folder, kind)
-    return Plan(recipe, store, root, kind, jobs, cached, tuple(node.id for node in recipe.leaves))
+    layers = {} if all(cached.values()) else _check_methods(recipe, folder, kind)
+    leaves = tuple(node.id for node in recipe.leaves)
+    return Plan(recipe, store, root, kind, jobs, cached, leaves, recipe_yaml, layers)
 
 
 def check_kernels(name: str) -> None:
@@ -131,12 +133,23 @@ def code_fingerprint(use: str) -> str:
     package = Path(digest.__file__).parent
     method = Path(_source_file(METHODS[use]))
     room = _source_folder("tensorpress.compressors")
-    shared = [room / name for name in ("base.py", "calibration.py", "distances.py")]
+    shared = [room / name for name in ("base.py", "calibration.py", "data.py", "distances.py")]
     shared.append(_source_folder("tensorpress.kernels"))
     files = [package / name for name in ("structure.py", "loading.py", "artifact.py", "text.py")]
+    return digest.of_json([digest.of_code(method, *shared, *files), _library_versions()])
+
+
+def evaluation_fingerprint() -> str:
+    """Digest of the code that measurements depend on, and library versions."""
+    package = Path(digest.__file__).parent
+    rooms = [_source_folder("tensorpress.evaluators"), _source_folder("tensorpress.kernels")]
+    files = [package / name for name in ("structure.py", "loading.py", "text.py")]
+    return digest.of_json([digest.of_code(*rooms, *files), torch.__version__, transformers.__version__])
+
+
+def _library_versions() -> list[str]:
     libraries = (torch.__version__, transformers.__version__, metadata.version("tensorly"))
-    versions = [".".join(version.split(".")[:2]) for version in libraries]
-    return digest.of_json([digest.of_code(method, *shared, *files), versions])
+    return [".".join(version.split(".")[:2]) for version in libraries]
 
 
 def calibration_key(recipe: Recipe) -> dict[str, Any]:
@@ -145,23 +158,6 @@ def calibration_key(recipe: Recipe) -> dict[str, Any]:
     text = read_text(spec.source, spec.split, "data.calibration.source")
     source = spec.source if spec.source == "demo" else str(Path(spec.source).expanduser().resolve())
     return {"source": source, "split": spec.split, "samples": spec.samples, "length": spec.length, "text": text.digest}
-
-
-def calibration_windows(
-    key: dict[str, Any], tokenizer: Any, seed: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(windows, validation windows, training stream) of a calibration key; the validation text is in neither of the others."""
-    where = "data.calibration"
-    text = read_text(key["source"], key["split"], where)
-    if text.digest != key["text"]:
-        raise StepError(f"{where}: the text {key['source']} was changed after the run began")
-    ids = tokenise(text, tokenizer)
-    cut = len(ids) - max(key["length"], int(len(ids) * VALIDATION_SHARE))
-    if cut < key["length"]:
-        raise InputError(f"{where}: the text has {len(ids)} tokens, fewer than two windows of {key['length']}")
-    stream = ids[:cut]
-    chosen = random_windows(stream, key["length"], key["samples"], seed, where)
-    return chosen, windows(ids[cut:], key["length"], 32, where), stream
 
 
 def _job(
@@ -194,13 +190,17 @@ def _job(
 
 
 def _check_store(store: Store) -> None:
+    in_the_way = next((path for path in store.folders if path.exists() and not path.is_dir()), None)
     place = store.root
     while not place.exists():
         place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise InputError(
-            f"store: {store.root} cannot be written: {place} is {'read-only' if place.is_dir() else 'a file'}"
-        )
+    if in_the_way or not place.is_dir():
+        raise InputError(f"store: {store.root} cannot be written: {in_the_way or place} is a file")
+    try:
+        with tempfile.TemporaryFile(dir=place):  # permissions alone do not tell: root, /proc, a disk that is read-only
+            pass
+    except OSError as error:
+        raise InputError(f"store: {store.root} cannot be written: {place}: {error.strerror or error}") from None
 
 
 def _check_measures(recipe: Recipe, kind: Kind) -> None:
@@ -208,10 +208,14 @@ def _check_measures(recipe: Recipe, kind: Kind) -> None:
         if not applicable(name, kind):
             usable = ", ".join(n for n in MEASURES if applicable(n, kind))
             raise InputError(f"evaluate: {name} cannot measure a model of kind {kind}; usable: {usable}")
-    known = {metric for name in recipe.evaluate.use for metric in MEASURES[name].gives} | {"step_seconds"}
+    evaluation = recipe.data.evaluation
+    demo = recipe.model.source == "demo" and evaluation.source == "demo"
+    known = {"step_seconds", *given_metrics(recipe.evaluate.use, kind, other=bool(evaluation.other), demo=demo)}
     for name in recipe.gates:
         if name not in known:
-            raise InputError(f"gates.{name}: is not measured by {', '.join(recipe.evaluate.use)}{nearest(name, known)}")
+            used = ", ".join(recipe.evaluate.use)
+            here = f"a model of kind {kind}" + ("" if evaluation.other else " without data.evaluation.other")
+            raise InputError(f"gates.{name}: is not measured by {used} for {here}{nearest(name, known)}")
     if "sts" in recipe.evaluate.use and recipe.data.evaluation.pairs is None:
         raise InputError("data.evaluation.pairs: is missing; sts needs a CSV of sentence pairs")
 
@@ -225,28 +229,28 @@ def _check_texts(recipe: Recipe, folder: Path) -> None:
     if evaluation.other is not None:
         texts.append(("evaluation.other", read_text(evaluation.other, "other", "data.evaluation.other")))
     for where, text in texts:
-        if text.digest == first.digest:
+        if overlap(text, first) > 0.5:
             raise InputError(
-                f"data.{where}: is the calibration text; quality must be measured on text that calibration never saw"
+                f"data.{where}: stands in the calibration text; quality must be measured on text that calibration never saw"
             )
     if evaluation.pairs is not None:
-        read_pairs(Path(evaluation.pairs))
+        read_pairs(Path(evaluation.pairs).expanduser())
     limit = getattr(read_config(folder).get_text_config(), "max_position_embeddings", None)
     for name, length in (("calibration", calibration.length), ("evaluation", evaluation.length)):
         if limit is not None and length > limit:
             raise InputError(f"data.{name}.length: found {length}, but the model takes {limit} tokens at most")
     tokenizer = read_tokenizer(folder)
-    short = Text(first.name, first.content[:400_000])
-    if len(tokenise(short, tokenizer)) < 2 * calibration.length:
+    if not has_tokens(first, tokenizer, 2 * calibration.length):
         raise InputError(f"data.calibration: the text has fewer than two windows of {calibration.length} tokens")
     for where, text in texts:
-        windows(tokenise(Text(text.name, text.content[:400_000]), tokenizer), evaluation.length, 1, f"data.{where}")
+        if not has_tokens(text, tokenizer, evaluation.length):
+            raise InputError(f"data.{where}: the text has fewer than one window of {evaluation.length} tokens")
 
 
-def _check_methods(recipe: Recipe, folder: Path, kind: Kind) -> None:
-    """Let every method refuse the model before any of them works."""
-    from tensorpress.loading import outline
-    from tensorpress.structure import find_structure
+def _check_methods(recipe: Recipe, folder: Path, kind: Kind) -> dict[str, int]:
+    """Let every method refuse the model before any of them works; returns the parameters of its block layers."""
+    from tensorpress.loading import load, outline
+    from tensorpress.structure import find_structure, linear_shape
 
     for node in recipe.nodes:
         kinds = getattr(type(node.method), "kinds", ())
@@ -254,8 +258,12 @@ def _check_methods(recipe: Recipe, folder: Path, kind: Kind) -> None:
             raise InputError(
                 f"steps.{node.step}: {node.method.use} needs a model of kind {' or '.join(kinds)}; this one is {kind}"
             )
-    model = outline(folder)
-    structure = find_structure(model)
+    try:
+        model = outline(folder)
+        structure = find_structure(model)
+    except (RuntimeError, NotImplementedError):  # the architecture looks at values, which the meta device has not
+        model = load(folder)
+        structure = find_structure(model)
     for node in recipe.nodes:
         assert isinstance(node.method, Compressor)
         try:
@@ -263,6 +271,7 @@ def _check_methods(recipe: Recipe, folder: Path, kind: Kind) -> None:
         except InputError as error:
             lines = (_placed(node.step, type(node.method), problem) for problem in error.problems)
             raise InputError(*lines) from None
+    return {path: math.prod(linear_shape(model.get_submodule(path))) for path in structure.linear_paths}
 
 
 def _placed(step: str, method: type[Compressor], problem: str) -> str:
@@ -300,4 +309,4 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return value if isinstance(value, torch.dtype) else getattr(torch, str(value or "float32").removeprefix("torch."))
 
 
-__all__ = ["ROOT", "Job", "Plan", "calibration_windows", "make_plan"]
+__all__ = ["ROOT", "Job", "Plan", "make_plan"]

@@ -16,20 +16,22 @@ from transformers import PreTrainedModel
 from tensorpress.artifact import Artifact, Store, Writer, plain_gptq
 from tensorpress.checks import weight_files
 from tensorpress.compressors.base import Calibration, Report
+from tensorpress.compressors.data import calibration_windows
 from tensorpress.errors import InputError, StepError
 from tensorpress.evaluators.size import bytes_of, needed_files, original_parameters
 from tensorpress.loading import load
 from tensorpress.source import read_tokenizer
 from tensorpress.structure import find_structure, model_kind
-from tensorpress.tasks.card import card_of
-from tensorpress.tasks.planning import Job, calibration_windows, stored_dtype, working_dtype
+from tensorpress.tasks.card import card_of, licence_of
+from tensorpress.tasks.planning import Job, stored_dtype, working_dtype
 from tensorpress.tasks.progress import reporter
 from tensorpress.tasks.tracking import Tracker
 
 
 @task(name="step", task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
-def run_step(label: str, job: dict[str, Any], parent: dict[str, Any], tracking: dict[str, str]) -> Any:
-    """Make the artifact of a job, or find it in the store; its MLflow run is a child of the flow's.
+def run_step(label: str, job: dict[str, Any], parent: dict[str, Any], tracking: dict[str, str], last: bool) -> Any:
+    """Make the artifact of a job, or find it in the store; its MLflow run is a child of the flow's, and ends here if this is
+    the `last` task about it.
 
     Returns {"node", "path", "digest", "cached", "seconds", "report", "run_id", "work_seconds"}. The store is the cache: an artifact is taken
     only when its bytes on disk are those that were written.
@@ -44,6 +46,8 @@ def run_step(label: str, job: dict[str, Any], parent: dict[str, Any], tracking: 
         tracker.fail(run_id, error)
         raise
     tracker.step_done(run_id, work, result)
+    if last:
+        tracker.close_step(run_id, None, result["size"])
     result |= {"run_id": run_id, "work_seconds": time.monotonic() - start}
     return Completed(name="Cached", message="found in the store", data=result) if result["cached"] else result
 
@@ -78,7 +82,8 @@ def _work(job: Job, parent: Path, store: Store, writer: Writer) -> Artifact:
     record = {
         "parent": job.parent_digest,
         "root": job.root["digest"],
-        "base": job.root["source"],
+        "base": Path(job.root["source"]).name if Path(job.root["source"]).exists() else job.root["source"],
+        "licence": licence_of(original),
         "chain": _timed_chain(job, parent, seconds),
         "seed": job.seed,
         "seconds": round(seconds, 3),

@@ -18,16 +18,18 @@ from typing import Any
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 import psutil
 from filelock import FileLock
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 from tensorpress.errors import InputError
 from tensorpress.tasks.planning import Job, Plan
+from tensorpress.text import read_text
 
 for _name in ("mlflow", "alembic"):
     logging.getLogger(_name).setLevel(logging.CRITICAL)
@@ -62,13 +64,14 @@ class Tracker:
         self.client = _client(Path(tracking["store"]))
 
     @classmethod
-    def start(cls, plan: Plan, flow_run_id: str, recipe_yaml: str) -> Tracker:
-        """Open the parent run before anything works, with the recipe and what it will do."""
+    def start(cls, plan: Plan, flow_run_id: str, asked: Mapping[str, str]) -> Tracker:
+        """Open the parent run before anything works, with the recipe, and what else was `asked` for in tags."""
         store = plan.store.root
         client = _client(store)
         close_dead_runs(client)
-        text = Path(plan.recipe.data.evaluation.source).name
-        name = f"{plan.recipe.model.source} {plan.root.digest[:8]} on {text}"
+        spec = plan.recipe.data.evaluation
+        text = read_text(spec.source, spec.split, "data.evaluation.source")
+        name = f"{plan.recipe.model.source} {plan.root.digest[:8]} on {text.name} {text.digest[:8]}"
         experiment = _experiment(client, name, store)
         tags = {
             "tensorpress.recipe": plan.recipe.name,
@@ -79,10 +82,14 @@ class Tracker:
             "tensorpress.pid": str(os.getpid()),
             "mlflow.source.type": "JOB",
             "mlflow.source.name": "tensorpress run",
+            **{f"tensorpress.{name}": value for name, value in asked.items()},
         }
         run = client.create_run(experiment, tags=tags, run_name=plan.recipe.name)
-        tracker = cls({"store": str(store), "experiment_id": experiment, "run_id": run.info.run_id})
-        client.log_text(run.info.run_id, recipe_yaml, "recipe.yaml")
+        data = {"name": text.name, "digest": text.digest[:16], "source": spec.source}
+        handle = {"store": str(store), "experiment_id": experiment, "run_id": run.info.run_id, "data": json.dumps(data)}
+        tracker = cls(handle)
+        tracker._dataset(run.info.run_id)
+        client.log_text(run.info.run_id, plan.recipe_yaml, "recipe.yaml")
         return tracker
 
     def start_step(self, job: Job) -> str:
@@ -95,6 +102,7 @@ class Tracker:
             "tensorpress.parent_node": job.parent,
         }
         run = self.client.create_run(self.handle["experiment_id"], tags=tags, run_name=job.node)
+        self._dataset(run.info.run_id)
         params = {"step": job.step, "method": job.use, "branch": job.branch or "-"}
         params |= {
             f"{job.use}.{key}": _short(value) for key, value in job.config.items() if key != "use" and value is not None
@@ -113,16 +121,9 @@ class Tracker:
         self._metrics(run_id, {f"{job.use}.{k}": v for k, v in summary.items()})
         self._tags(run_id, {"tensorpress.path": result["path"], "tensorpress.cached": result["cached"]})
         self.client.log_text(run_id, json.dumps(result["report"], indent=1), "report.json")
-        model = self.client.create_logged_model(
-            self.handle["experiment_id"],
-            name=f"{job.step}-{job.digest[:8]}",
-            source_run_id=run_id,
-            tags={"path": result["path"], "digest": job.digest, "parent": job.parent_digest, "weights": "by reference"},
-            params={"method": job.use},
-            model_type="tensorpress",
-        )
-        self.client.finalize_logged_model(model.model_id, "READY")
-        self._tags(run_id, {"tensorpress.model_id": model.model_id})
+        model_id = self._model(run_id, job, result["path"])
+        self.client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
+        self._tags(run_id, {"tensorpress.model_id": model_id})
 
     def measured(self, run_id: str, result: dict[str, Any], prefix: str | None) -> None:
         """Record metrics of an artifact (on its step's run) or of the original (on the parent, with a prefix)."""
@@ -133,8 +134,9 @@ class Tracker:
             self.client.log_text(run_id, text, name)
         self.client.log_text(run_id, json.dumps(result["conditions"], indent=1, default=str), "conditions.json")
 
-    def close_step(self, run_id: str, problem: str | None) -> None:
+    def close_step(self, run_id: str, problem: str | None, sizes: Mapping[str, float] | None = None) -> None:
         """End the run of a step whose artifact was made; `problem` says why it could not be measured."""
+        self._metrics(run_id, sizes or {})
         if problem:
             self._tags(run_id, {"tensorpress.error": problem})
         self.client.set_terminated(run_id, "FAILED" if problem else "FINISHED")
@@ -159,6 +161,37 @@ class Tracker:
         tags = {"tensorpress.verdict": verdict} | ({"tensorpress.error": error} if error else {})
         self._tags(self.handle["run_id"], tags)
         self.client.set_terminated(self.handle["run_id"], "FAILED" if verdict == "FAILED" else "FINISHED")
+
+    def _model(self, run_id: str, job: Job, path: str) -> str:
+        """The id of the artifact's LoggedModel: one for each artifact and experiment, however many runs find it."""
+        experiment = self.handle["experiment_id"]
+        known = self.client.search_logged_models(
+            [experiment], filter_string=f"tags.digest = '{job.digest}' AND tags.path = '{path}'", max_results=1
+        )
+        if known:
+            return str(known[0].model_id)
+        model = self.client.create_logged_model(
+            experiment,
+            name=f"{job.step}-{job.digest[:8]}",
+            source_run_id=run_id,
+            tags={
+                "path": path,
+                "digest": job.digest,
+                "parent": job.parent_digest,
+                "weights": "by reference",
+                "mlflow.model.isExternal": "true",
+            },
+            params={"method": job.use},
+            model_type="tensorpress",
+        )
+        self.client.finalize_logged_model(model.model_id, "READY")
+        return str(model.model_id)
+
+    def _dataset(self, run_id: str) -> None:
+        """Link the evaluation text to a run."""
+        data = json.loads(self.handle["data"])
+        dataset = Dataset(data["name"], data["digest"], "local", json.dumps({"uri": data["source"]}))
+        self.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "evaluation")])])
 
     def _metrics(self, run_id: str, metrics: Mapping[str, float], model_id: str | None = None) -> None:
         now = int(time.time() * 1000)

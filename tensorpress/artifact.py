@@ -93,12 +93,14 @@ class Store:
 
     def __init__(self, root: str | Path):
         self.root = Path(root).expanduser().absolute()
+        names = ("models", "evaluations", "locks", "scratch", "sources")
+        self.folders = tuple(self.root / name for name in names)
 
     def open(self) -> Store:
         """Create the folders. Raises InputError when the place cannot be written."""
         try:
-            for name in ("models", "evaluations", "locks", "scratch", "sources"):
-                (self.root / name).mkdir(parents=True, exist_ok=True)
+            for folder in self.folders:
+                folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.root):
                 pass
         except OSError as error:
@@ -276,6 +278,8 @@ def save_model(model: PreTrainedModel, folder: Path, stored: torch.dtype) -> Non
         for layer in quantized:
             layer.bias = None if layer.bias is None else layer.bias.to(stored)
         model.save_pretrained(folder, max_shard_size=SHARD)
+        for path in folder.glob("*.safetensors"):
+            path.chmod(0o666 & ~_umask())
     finally:
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(worked[name])
@@ -309,7 +313,6 @@ def plain_gptq(model: PreTrainedModel) -> dict[str, Any] | None:
         "pack_dtype": "int32",
         "lm_head": False,
         "true_sequential": True,
-        "damp_percent": 0.01,
         "modules_in_block_to_quantize": [
             [p.removeprefix(block.path + ".") for p in group] for group in block.linear_groups
         ],

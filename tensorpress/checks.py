@@ -38,15 +38,34 @@ def read_config(folder: Path) -> PretrainedConfig:
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{folder / 'config.json'}: cannot be read: {_line(error)}") from None
+        raise InputError(f"{folder / 'config.json'}: cannot be read: {one_line(error)}") from None
     if not isinstance(raw, dict) or "model_type" not in raw:
         raise InputError(f"{folder / 'config.json'}: names no model_type")
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise InputError(
-            f"{folder / 'config.json'}: model_type {raw['model_type']!r} cannot be used: {_line(error)}"
+            f"{folder / 'config.json'}: model_type {raw['model_type']!r} cannot be used: {one_line(error)}"
         ) from None
+    _check_supported(folder / "config.json", raw)
+    return config
+
+
+def _check_supported(file: Path, raw: dict[str, Any]) -> None:
+    """Refuse a head that would be lost, and weights that others have quantized. Raises InputError."""
+    named = raw.get("architectures")
+    name = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
+    if not name.endswith(("ForCausalLM", "Model")):
+        raise InputError(
+            f"{file}: architectures: {f'the head of {name} would be lost' if name else 'is missing'}; a model is a causal "
+            "language model (...ForCausalLM, ...LMHeadModel) or an encoder without a head (...Model)"
+        )
+    quantized = raw.get("quantization_config")
+    method = quantized.get("quant_method") if isinstance(quantized, dict) else None
+    if quantized and method not in ("tensorpress", "gptq"):
+        raise InputError(
+            f"{file}: quantization_config: quant_method {method!r} cannot be opened; known: tensorpress, gptq"
+        )
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -91,7 +110,7 @@ def check_safetensors(file: Path) -> None:
         with safe_open(file, framework="pt"):
             pass
     except (SafetensorError, ValueError, OSError) as error:
-        raise InputError(f"{file}: is no whole safetensors file ({_line(error)})") from None
+        raise InputError(f"{file}: is no whole safetensors file ({one_line(error)})") from None
 
 
 def check_finite(folder: Path) -> None:
@@ -114,6 +133,8 @@ def check_tokenizer(tokenizer: Any, config: PretrainedConfig, folder: Path) -> N
         )
 
 
-def _line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__
+def one_line(error: BaseException) -> str:
+    """What an error says, as one line; where its first line only announces the next, both."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
+    return said[:300] or type(error).__name__

@@ -117,7 +117,7 @@ def gptq_layers(model: nn.Module, config: dict[str, Any], files: list[Path]) -> 
 
 
 def apply_layers(model: nn.Module, layers: dict[str, dict]) -> None:
-    """Put the empty module of each spec at its path, in the dtype and on the device of the model.
+    """Put the empty module of each spec at its path, made on torch's default device.
 
     Raises InputError for a path that the model does not have or a form that is not known.
     """
@@ -168,13 +168,14 @@ def load(
     folder = Path(folder)
     config = check_folder(folder)
     if (config_of(config).get("quant_method")) == "gptq":  # ours, also where gptqmodel is installed
-        plain = config_of(config)
-        files = sorted(folder.glob("*.safetensors"))
-        with torch.device("meta"):
-            empty = _auto_class(config).from_config(config)
-        config.quantization_config = TensorpressConfig(gptq_layers(empty, plain, files)).to_dict()
+        config.quantization_config = TensorpressConfig(layer_specs(folder, config)).to_dict()
     model, found = _auto_class(config).from_pretrained(
-        folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+        folder,
+        config=config,
+        dtype=dtype,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are told by _check_whole
     )
     _check_whole(folder, model, found)
     use_kernels(model, kernels)
@@ -182,19 +183,29 @@ def load(
 
 
 def outline(folder: Path) -> PreTrainedModel:
-    """The model of a checked folder for asking what it is made of: without memory for its weights where that can be.
+    """The model of a checked folder for asking what it is made of: its weights on the meta device. Raises InputError.
 
-    A compressed folder is opened whole, since kernels look at their integers. Raises InputError.
+    A forward pass of it may fail where the architecture looks at values (mixtures, relative positions).
     """
     config = check_folder(folder)
-    if config_of(config):
-        return load(folder)
     with torch.device("meta"):
-        return _auto_class(config).from_config(config).eval()
+        model = _auto_class(config).from_config(config)
+        apply_layers(model, layer_specs(folder, config))
+    return model.eval()
+
+
+def layer_specs(folder: Path, config: PretrainedConfig) -> dict[str, dict]:
+    """What stands in a compressed folder at which path: from its config, or in the plain GPTQ layout from its tensors' names."""
+    value = config_of(config)
+    if value.get("quant_method") != "gptq":
+        return value.get("layers") or {}
+    with torch.device("meta"):
+        empty = _auto_class(config).from_config(config)
+    return gptq_layers(empty, value, sorted(folder.glob("*.safetensors")))
 
 
 def _check_whole(folder: Path, model: PreTrainedModel, found: dict[str, Any]) -> None:
-    """Refuse weights that do not fill the model: transformers would draw the missing ones at random. Raises InputError.
+    """Refuse weights that do not fill the model, which would be drawn at random, or that it has no place for. Raises InputError.
 
     A pooler that an encoder's checkpoint leaves out is not missed: the hidden states do not depend on it.
     """
@@ -204,9 +215,8 @@ def _check_whole(folder: Path, model: PreTrainedModel, found: dict[str, Any]) ->
             f"{folder}: its weights lack {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else "")
         )
     if found["mismatched_keys"]:
-        raise InputError(
-            f"{folder}: tensor {sorted(map(str, found['mismatched_keys']))[0]} has another shape than config.json says"
-        )
+        name, shape, wanted = sorted(found["mismatched_keys"])[0]
+        raise InputError(f"{folder}: tensor {name} has the shape {[*shape]}; config.json says {[*wanted]}")
 
 
 def config_of(config: PretrainedConfig) -> dict[str, Any]:
@@ -227,16 +237,23 @@ def use_kernels(model: nn.Module, name: str) -> None:
             module.kernel = name if name in registry.backends("mpo_linear") else "auto"
         elif isinstance(module, QuantizedLinear):
             module.kernel = name if name in registry.backends("quantized_linear") else "auto"
-            object.__setattr__(module, "_unpacked", None)
+            module.unpacked = None
 
 
 def use_quick_kernels(model: nn.Module) -> None:
     """For measuring quality: keep dequantized weights in memory where there is plenty, which changes no number."""
-    import psutil  # a library user may not have it
-
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     dense = 4 * sum(layer.in_features * layer.out_features for layer in layers)
-    use_kernels(model, "unpacked" if dense < psutil.virtual_memory().available / 4 else "auto")
+    use_kernels(model, "unpacked" if dense < _free_bytes(model.device) / 4 else "auto")
+
+
+def _free_bytes(device: Any) -> int:
+    """Memory that is free where a model lies."""
+    if getattr(device, "type", "cpu") == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil  # a library user may not have it
+
+    return int(psutil.virtual_memory().available)
 
 
 def _auto_class(config: PretrainedConfig) -> Any:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tensorpress.errors import InputError, nearest
 
@@ -71,9 +71,17 @@ class Gate(Part):
     min: float | None = None
     max: float | None = None
 
+    @model_validator(mode="after")
+    def _bounds(self) -> Gate:
+        if self.min is None and self.max is None:
+            raise ValueError("min, max or both")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError("a min that is not above its max")
+        return self
+
 
 class EvaluateSpec(Part):
-    use: tuple[str, ...] = ("perplexity", "fidelity", "size")
+    use: tuple[str, ...] = Field(("perplexity", "fidelity", "size"), min_length=1)
     at: Literal["leaves", "steps"] = "leaves"
 
 
@@ -147,6 +155,16 @@ def read(path: str | Path) -> str:
         raise InputError(f"{path}: no such recipe file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
+
+
+def resolved(text: str, overrides: Sequence[str]) -> str:
+    """The YAML text of a recipe with its overrides in it; as it was written where there are none."""
+    if not overrides:
+        return text
+    data = _load_yaml(text)
+    for override in overrides:
+        _override(data, override)
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
 
 def parse_text(

@@ -13,12 +13,12 @@ import httpx
 from transformers import AutoTokenizer, PretrainedConfig
 
 from tensorpress import digest
-from tensorpress.checks import check_finite, check_folder, check_tokenizer, weight_files
+from tensorpress.checks import check_finite, check_folder, check_tokenizer, one_line, weight_files
 from tensorpress.errors import InputError
 from tensorpress.loading import config_of, load
 from tensorpress.text import demo_folder
 
-HUB_TIMEOUT = 5.0
+HUB_TIMEOUT = 3.0
 """Seconds that a model hub has to answer at all."""
 NEEDED = (
     "config.json",
@@ -50,6 +50,8 @@ def resolve(source: str, revision: str | None = None) -> Path:
     """
     if source == "demo":
         return demo_folder()
+    if not source:
+        raise InputError("model.source: no such folder: it is empty; a model is `demo`, a folder, or a hub id (owner/name)")
     try:
         path = Path(source).expanduser()
         there = path.exists()
@@ -94,7 +96,8 @@ def read_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        files = [path for pattern in ("tokenizer*", "vocab*", "*.model") for path in folder.glob(pattern)]
+        reason = one_line(error) if files else "it has no tokenizer.json"
         raise InputError(f"{folder}: its tokenizer cannot be read: {reason}") from None
 
 
@@ -108,17 +111,17 @@ def _from_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=True))
-    except (LocalEntryNotFoundError, FileNotFoundError, ValueError):
-        pass
+    with contextlib.suppress(LocalEntryNotFoundError, FileNotFoundError, ValueError, InputError):
+        known = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=True))
+        if weight_files(known):  # not just the config that someone asked for once
+            return known
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     if not answers(f"{endpoint}/api/models/{name}", HUB_TIMEOUT):  # what is asked first below, without a limit of time
         raise InputError(f"model.source: {name} is not a folder here, and no model hub answers at {endpoint}")
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, etag_timeout=HUB_TIMEOUT))
     except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = one_line(error)
         raise InputError(f"model.source: {name} cannot be fetched from {endpoint}: {reason}") from None
 
 

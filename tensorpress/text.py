@@ -55,6 +55,21 @@ def tokenise(text: Text, tokenizer: Any) -> torch.Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
+def has_tokens(text: Text, tokenizer: Any, count: int) -> bool:
+    """Whether a text has at least `count` tokens; no more of it is tokenised than that takes."""
+    return any(
+        len(tokenise(Text(text.name, text.content[:length]), tokenizer)) >= count
+        for length in (16 * count, len(text.content))
+    )
+
+
+def overlap(text: Text, other: Text, chunks: int = 20, length: int = 200) -> float:
+    """Share of `chunks` pieces of `length` characters, spread over a text, that stand in another text too."""
+    last = max(0, len(text.content) - length)
+    starts = {round(i * last / max(1, chunks - 1)) for i in range(chunks)}
+    return sum(text.content[start : start + length] in other.content for start in starts) / len(starts)
+
+
 def windows(ids: torch.Tensor, length: int, count: int | None, where: str) -> torch.Tensor:
     """The first `count` windows (all if None) of `length` tokens, without overlap: int64 [windows, length].
 

@@ -10,7 +10,7 @@ import fnmatch
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -126,7 +126,10 @@ class MPO(Compressor):
         calibration.progress("mpo", len(targets), len(targets))
         before, after = sum(r.parameters_before for r in rows), sum(r.parameters_after for r in rows)
         dense = sum(r.action == "dense" for r in rows)
-        return model, Report(rows, {"kept": after / before, "layers": len(rows), "left_dense": dense})
+        summary: dict[str, Any] = {"kept": after / before, "layers": len(rows), "left_dense": dense}
+        if dense == len(rows):
+            summary["note"] = "every layer stays dense: none has a bond dimension that saves at this `keep`"
+        return model, Report(rows, summary)
 
     def _targets(self, model: PreTrainedModel, structure: Structure) -> list[str]:
         dense = [path for path in structure.linear_paths if isinstance(model.get_submodule(path), DENSE)]

@@ -78,17 +78,19 @@ def inverse_factor(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor,
     """Upper Cholesky factor U of the inverse of the damped Hessian [K, K], H^-1 = U^T U; and the damping that was needed.
 
     Computed in float64. Damping is a share of the mean diagonal; it is raised tenfold while the matrix is not positive
-    definite. Raises StepError when not even a damping of 1 helps (the Hessian is not finite).
+    definite. Raises StepError when not even a damping of 10 helps (the Hessian is not finite).
     """
-    h = hessian.double()
-    mean = h.diagonal().mean()
+    h = hessian.to(torch.float64, copy=True)
+    diagonal = h.diagonal().clone()
+    mean = diagonal.mean()
     while damping <= 10:
-        damped = h + damping * mean * torch.eye(len(h), dtype=h.dtype, device=h.device)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not int(failed) and bool(torch.isfinite(lower).all()):
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not int(failed) and bool(torch.isfinite(upper).all()):
-                return upper, damping
+        h.diagonal().copy_(diagonal + damping * mean)
+        factor, failed = torch.linalg.cholesky_ex(h)
+        if not int(failed) and bool(torch.isfinite(factor).all()):
+            factor = torch.cholesky_inverse(factor)
+            factor, failed = torch.linalg.cholesky_ex(factor, upper=True)
+            if not int(failed) and bool(torch.isfinite(factor).all()):
+                return factor, damping
         damping *= 10
     raise StepError("gptq: the inputs of a layer are not finite, its Hessian cannot be inverted")
 
@@ -110,8 +112,8 @@ def quantize_matrix(
     With `act_order` columns are taken by falling diagonal of the Hessian and all grids are fitted beforehand, so that
     groups stay contiguous in memory; without, each grid is fitted on the compensated columns when they are reached.
     """
-    w = weight.double().clone()
-    h = hessian.double().clone()
+    w = weight.to(torch.float64, copy=True)
+    h = hessian.to(torch.float64, copy=True)
     dead = h.diagonal() == 0
     h.diagonal()[dead] = 1
     w[:, dead] = 0
@@ -130,14 +132,16 @@ def quantize_matrix(
         for group in range(groups):
             fit(group, w[:, group * group_size : (group + 1) * group_size])
         order = torch.argsort(importance, descending=True, stable=True)
-        w, h = w[:, order], h[order][:, order]
+        w, h = w[:, order], h[order[:, None], order]
     upper, _ = inverse_factor(h, damping)
+    del h
+    groups_in_order = (order // group_size).tolist()
     integers = torch.empty_like(w)
     for start in range(0, columns, block):
         end = min(start + block, columns)
         errors = w.new_zeros(rows, end - start)
         for i in range(start, end):
-            group = int(order[i]) // group_size
+            group = groups_in_order[i]
             if not act_order and i % group_size == 0:
                 ready = w[:, i : i + group_size].clone()
                 if i + group_size > end:  # the group reaches beyond the block: bring what is pending up to date

@@ -92,7 +92,7 @@ class Distill(Compressor):
         stored = {p.dtype for p in model.parameters() if p.is_floating_point()}
         before = training.validation_loss() if stored != {torch.float32} else None
         with _masters(model) as parameters:
-            initial = [p.detach().clone() for p in parameters]
+            initial = [] if before is None else [p.detach().clone() for p in parameters]
             training.run(parameters)
         after = training.best
         if before is None:
@@ -114,7 +114,7 @@ class Distill(Compressor):
             error_after=after,
             seconds=round(time.monotonic() - start, 3),
         )
-        summary = {
+        summary: dict[str, Any] = {
             "improved": training.best_step > 0,
             "tokens": training.tokens,
             "steps": training.steps,
@@ -124,6 +124,10 @@ class Distill(Compressor):
             "skipped": training.skipped,
             "precision": training.precision,
         }
+        if not training.best_step:
+            summary["note"] = (
+                "nothing was better than the model that came in, which stays; try more tokens or another rate"
+            )
         return model, Report([row], summary)
 
 

@@ -43,8 +43,6 @@ DtypeOption = Annotated[
 KernelsOption = Annotated[str, typer.Option("--kernels", help="`auto`, or a backend's name.")]
 
 PREFIX = re.compile(r"[0-9a-f]{6,64}")
-PROBE = 400_000
-"""Characters of a text that are tokenised to see whether it is long enough."""
 PLANNED = ("gguf", "compressed-tensors", "onnx")
 """Formats that export will know and does not yet."""
 
@@ -209,7 +207,8 @@ def bench(
             data,
             reporter("bench"),
         )
-    metrics, conditions = result.metrics, {**result.conditions, "prompt": data.name}
+    shape = {"dataset": data.name, "tokens": prompt + tokens, "window": prompt}
+    metrics, conditions = result.metrics, {**shape, "dtype": result.conditions["speed_dtype"], **result.conditions}
     if original is None:
         metrics = {k: v for k, v in metrics.items() if not _compares(k)}
         conditions = {k: v for k, v in conditions.items() if not k.startswith("original_")}
@@ -291,7 +290,7 @@ def export(
     model: ModelArgument,
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="The folder to write; it must not be there yet.")],
     layout: Annotated[
-        str, typer.Option("--format", help="gptq: the standard checkpoint that vLLM and others read.")
+        str, typer.Option("--format", help="gptq: the standard checkpoint, as gptqmodel reads it.")
     ] = "gptq",
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
@@ -341,7 +340,7 @@ def _check_texts(spec: Any, measures: list[str], folder: Path, config: Pretraine
     """Refuse texts that cannot be read or are too short, before the store is touched."""
     from tensorpress.evaluators.sts import read_pairs
     from tensorpress.source import read_tokenizer
-    from tensorpress.text import Text, read_text, tokenise, windows
+    from tensorpress.text import has_tokens, read_text
 
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit and spec.length > limit and {"perplexity", "fidelity"} & set(measures):
@@ -350,7 +349,8 @@ def _check_texts(spec: Any, measures: list[str], folder: Path, config: Pretraine
     texts = [("--text", spec.source, spec.split)] + ([("--other", spec.other, "other")] if spec.other else [])
     for where, source, split in texts:
         text = read_text(source, split, where)
-        windows(tokenise(Text(text.name, text.content[:PROBE]), tokenizer), spec.length, 1, where)
+        if not has_tokens(text, tokenizer, spec.length):
+            raise InputError(f"{where}: the text has fewer tokens than one window of {spec.length}")
     if spec.pairs:
         try:
             read_pairs(Path(spec.pairs).expanduser())

@@ -148,7 +148,9 @@ def _prepare(parameters: dict[str, Any]) -> Any:
     recipe = recipes.parse_text(
         parameters["recipe"], METHODS, MEASURES, parameters["overrides"], Path(parameters["folder"])
     )
-    return make_plan(recipe, Store(parameters["store"]), parameters["recipe"])
+    return make_plan(
+        recipe, Store(parameters["store"]), recipes.resolved(parameters["recipe"], parameters["overrides"])
+    )
 
 
 def _in_thread(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -191,6 +193,11 @@ def _show(document: dict[str, Any], store: Path) -> None:
         note = artifact["report"]["summary"].get("note")
         if note:
             console.print(f"[yellow]note[/] {escape(artifact['node'])}: {escape(note)}")
+        if artifact["beaten_by"]:
+            beaten = (
+                f"{artifact['node']} is beaten by {artifact['beaten_by']}, which is smaller and nearer to the original"
+            )
+            console.print(f"[yellow]note[/] {escape(beaten)}")
         if artifact["error"]:
             console.print(f"[bold red]failed[/] {escape(artifact['node'])}: {escape(artifact['error'])}")
     for name, gate in document["gates"].items():

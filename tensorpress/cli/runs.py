@@ -37,6 +37,9 @@ def read_runs(names: Sequence[str], store: Path) -> list[dict[str, Any]]:
 
 def compare(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help=WHICH)],
+    csv_file: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="Write the table as CSV, a row for each branch.")
+    ] = None,
     store: StoreOption = DEFAULT_STORE,
     json_file: JsonOption = None,
 ) -> None:
@@ -46,12 +49,16 @@ def compare(
     from tensorpress.pictures.tables import compare_table
 
     check_json_target(json_file)
+    if csv_file is not None:
+        _check_target(csv_file, "--csv")
     documents = list({run["mlflow_run_id"]: run for run in read_runs(runs, store)}.values())
     rows = comparison(documents)
     console.print(compare_table(rows))
     different = differing_conditions(documents)
     if different:
         console.print(f"[yellow]measured under different conditions:[/] {escape('; '.join(different))}")
+    if csv_file is not None:
+        frame(rows).to_csv(csv_file, index=False)
     write_json(
         json_file, {"runs": [d["mlflow_run_id"] for d in documents], "rows": rows, "differing_conditions": different}
     )
@@ -68,7 +75,7 @@ def report(
     from tensorpress.artifact import write_whole
     from tensorpress.pictures.report import render
 
-    _check_target(out or Path("report.html"))
+    _check_target(out or Path("report.html"), "--out")
     document = read_runs([run], store)[0]
     target = out or Path(f"report-{document['mlflow_run_id'][:8]}.html")
     write_whole(target.absolute(), render(document))
@@ -104,6 +111,14 @@ def comparison(documents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [*originals.values(), *rows]
 
 
+def frame(rows: Sequence[dict[str, Any]]) -> Any:
+    """A comparison as a pandas DataFrame: name, run, branch, a column for each setting that differs and for each metric."""
+    import pandas
+
+    flat = [{**{k: row[k] for k in ("name", "run", "branch")}, **row["params"], **row["metrics"]} for row in rows]
+    return pandas.DataFrame(flat)
+
+
 def differing_conditions(documents: Sequence[dict[str, Any]]) -> list[str]:
     """`window: 256, 128` for every condition that the runs do not share."""
     found = []
@@ -116,9 +131,9 @@ def differing_conditions(documents: Sequence[dict[str, Any]]) -> list[str]:
     return found
 
 
-def _check_target(target: Path) -> None:
+def _check_target(target: Path, option: str) -> None:
     parent = target.absolute().parent
     if target.is_dir():
-        raise InputError(f"--out {target}: is a folder; give a file")
+        raise InputError(f"{option} {target}: is a folder; give a file")
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"--out {target}: its folder {parent} does not exist or cannot be written")
+        raise InputError(f"{option} {target}: its folder {parent} does not exist or cannot be written")

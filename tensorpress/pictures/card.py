@@ -10,7 +10,7 @@ import yaml
 
 from tensorpress.pictures.tables import NOTHING, clean, finite, human_seconds, present, write
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def render_card(info: Mapping[str, Any]) -> str:
@@ -42,15 +42,11 @@ def _base(info: Mapping[str, Any]) -> str:
     return re.split(r"[/\\]", base.rstrip("/\\"))[-1] if local else base
 
 
-def _is_hub_id(base: str) -> bool:
-    return bool(HUB_ID.fullmatch(base))
-
-
 def _front_matter(info: Mapping[str, Any]) -> str:
     methods = [clean(link.get("use"), 40) for link in info.get("chain") or [] if link.get("use")]
     matter: dict[str, Any] = {"library_name": "tensorpress"}
     base = clean(info.get("base") or "", 200)
-    if _is_hub_id(base):
+    if HUB_ID.fullmatch(base):
         matter["base_model"] = base
     if info.get("licence"):
         licence = re.sub(r"[<>]", "", clean(info["licence"], 80))
@@ -111,9 +107,9 @@ def _loading(info: Mapping[str, Any]) -> str:
     note = (
         "The weights are in the standard GPTQ layout: this model opens without tensorpress, "
         "in transformers (with a GPTQ backend installed) and in whatever else reads that layout. "
-        "With tensorpress installed, `tensorpress.load(folder)` picks the fastest kernel of the machine."
+        "With tensorpress installed, `tensorpress.load(folder)` opens it with tensorpress's own layers."
         if plain
-        else "`tensorpress.load(folder)` does the same, and picks the fastest kernel of the machine."
+        else "`tensorpress.load(folder)` does the same, and takes the kernels that are asked for."
     )
     return f"{_fenced(chr(10).join(lines), 'python')}\n\n{note}"
 

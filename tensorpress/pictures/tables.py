@@ -197,27 +197,8 @@ def compare_table(runs: Sequence[Mapping[str, Any]]) -> Table:
     return _table("", columns, rows, present(rows), skip_first=False)
 
 
-def plan_table(nodes: Sequence[Mapping[str, Any]]) -> Table:
-    """The steps of a plan (`node`, `step`, `branch`, `use`, `parent`, `cached`, `note`) as rows."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for heading in ("step", "method", "choice", "after", "", "note"):
-        table.add_column(heading)
-    labels = {node.get("node"): label(node) for node in nodes}
-    for node in nodes:
-        parent = node.get("parent") or ROOT
-        table.add_row(
-            f"[bold]{escape(clean(node.get('step') or '?'))}[/]",
-            escape(clean(node.get("use") or NOTHING)),
-            escape(", ".join(own_choices(clean(node.get("step") or ""), node.get("branch") or "")) or NOTHING),
-            escape(labels.get(parent, clean(parent))),
-            "[green]cached[/]" if node.get("cached") else "",
-            escape(clean(node.get("note") or "")),
-        )
-    return table
-
-
 def plan_tree(nodes: Sequence[Mapping[str, Any]], root: str = ROOT) -> Tree:
-    """The graph of a plan drawn for the terminal; nodes as in `plan_table`, `root` is what the model is called."""
+    """The graph of a plan drawn for the terminal; nodes as `estimate` gives them, `root` is what the model is called."""
     tree = Tree(f"[bold]{escape(clean(root))}[/]", guide_style="dim")
     places: dict[Any, Tree] = {}
     ids = {node.get("node") for node in nodes}

@@ -208,8 +208,6 @@ def test_demo_and_folders(folder):
 )
 def test_sources_that_are_no_folder(one_line, source, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    if source == "":
-        return  # the working folder itself
     with pytest.raises(InputError) as caught:
         resolve(source)
     assert "model.source: no such folder: " in str(caught.value) and len(caught.value.problems) == 1

@@ -15,7 +15,6 @@ from tensorpress.pictures.tables import (
     human_seconds,
     label,
     metrics_table,
-    plan_table,
     plan_tree,
     write,
 )
@@ -86,7 +85,7 @@ def test_metrics_table(quickstart):
 def test_tables_take_names_literally(name, request):
     run = request.getfixturevalue(name)
     nodes = [{**a, "note": "[bold]note[/nonsense]"} for a in run["artifacts"]]
-    for thing in (metrics_table(run), plan_tree(nodes, root="[/]"), plan_table(nodes)):
+    for thing in (metrics_table(run), plan_tree(nodes, root="[/]")):
         shown(thing)
     if name == "hostile":
         assert "<script>" in shown(metrics_table(run))
@@ -99,7 +98,7 @@ def test_plan_tree(quickstart):
     assert text.startswith("model\n")
     assert "four_bit  gptq  bits=4  cached  about 40 s" in text
     assert "│   └── heal  distill" in text or "    └── heal  distill" in text
-    assert "decompose" in shown(plan_table(nodes))
+    assert "decompose" in shown(plan_tree(nodes))
 
 
 def test_plan_tree_survives_a_cycle():
