@@ -31,7 +31,7 @@ LOGITS = 4 * 4
 def estimate(plan: Plan) -> dict[str, Any]:
     """What a plan does and what it is expected to take.
 
-    Returns {"nodes": [{"node", "step", "branch", "use", "parent", "cached", "note", "seconds"}], "summary": one line or two,
+    Returns {"nodes": [{"node", "step", "branch", "use", "parent", "cached", "note", "seconds", "bytes"}], "summary": one line or two,
     "memory_bytes": at the peak, "seconds": of all steps that are not cached, None where one was never measured}. The time is
     that of earlier artifacts of the same method on the same model; measuring is not in it.
     """
@@ -71,10 +71,9 @@ def _node(plan: Plan, job: Job, known: list[dict[str, Any]]) -> dict[str, Any]:
     cached = plan.cached[job.node]
     seconds = 0.0 if cached else _expected_seconds(job, known)
     note = [short_config(job.use, job.config)]
-    if cached:
-        note.append(human_bytes(bytes_of(needed_files(plan.store.folder(job.digest)))))
-    else:
-        note.append(f"about {human_bytes(expected_bytes(plan, job))}")
+    size = bytes_of(needed_files(plan.store.folder(job.digest))) if cached else expected_bytes(plan, job)
+    note.append(human_bytes(size) if cached else f"about {human_bytes(size)}")
+    if not cached:
         note += [f"about {human_seconds(seconds)}"] if seconds is not None else []
     return {
         "node": job.node,
@@ -85,6 +84,7 @@ def _node(plan: Plan, job: Job, known: list[dict[str, Any]]) -> dict[str, Any]:
         "cached": cached,
         "note": ", ".join(part for part in note if part),
         "seconds": seconds,
+        "bytes": size,
     }
 
 

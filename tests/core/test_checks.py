@@ -279,3 +279,15 @@ def test_a_name_service_that_is_dead(no_hub, monkeypatch, one_line):
     assert time.monotonic() - start < 10
     released.set()
     one_line(caught, "no model hub answers at http://hub.invalid")
+
+
+def test_a_cache_with_a_config_alone_does_not_hide_the_hub(no_hub, monkeypatch, one_line, tmp_path):
+    snapshot = tmp_path / "cache/models--owner--name/snapshots/abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (tmp_path / "cache/models--owner--name/refs").mkdir()
+    (tmp_path / "cache/models--owner--name/refs/main").write_text("abc")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(InputError) as caught:
+        resolve("owner/name")
+    one_line(caught, "no model hub answers")

@@ -106,3 +106,18 @@ def test_nearest(name, hint):
 def test_input_error_keeps_its_problems():
     error = InputError("one", "two")
     assert error.problems == ("one", "two") and str(error) == "one\ntwo"
+
+
+def test_overlap_and_length_of_texts():
+    from tensorpress.text import has_tokens, overlap
+
+    def letters(content, **settings):
+        return {"input_ids": [1] * (len(content) // 40)}  # a token is 40 characters
+
+    text = Text("a", "".join(f"line {number}\n" for number in range(2000)))
+    other = Text("b", "".join(f"row {number}\n" for number in range(2000)))
+    assert overlap(text, text) == 1 and overlap(text, other) == 0
+    assert overlap(text, Text("c", other.content + text.content)) == 1
+    assert overlap(Text("d", text.content + other.content), text) == 0.5
+    count = len(text.content) // 40
+    assert has_tokens(text, letters, count) and not has_tokens(text, letters, count + 1)

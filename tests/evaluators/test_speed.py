@@ -1,5 +1,3 @@
-import random
-
 import pytest
 import torch
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
@@ -12,14 +10,6 @@ from tensorpress.structure import set_module
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40}
 PREFILL = {"prefill_tokens_per_second", "original_prefill_tokens_per_second", "prefill_speedup", "peak_memory_bytes"}
 DECODE = {"decode_tokens_per_second", "original_decode_tokens_per_second", "decode_speedup"}
-
-
-@pytest.fixture
-def seed():
-    drawn = random.SystemRandom().randrange(1 << 30)
-    print("seed", drawn)
-    torch.manual_seed(drawn)
-    return drawn
 
 
 def evaluate(model, original, folder, windows=None):
@@ -94,6 +84,14 @@ def test_encoders_have_no_decode(seed, tmp_path):
     result = evaluate(model, original, tmp_path)
     assert result.metrics.keys() == PREFILL
     assert result.conditions["decode_tokens"] == 0
+
+
+def test_what_a_kernel_keeps_is_resident():
+    layer = QuantizedLinear(64, 32, 4, 32, bias=False)
+    before = resident_bytes(layer)
+    layer.kernel = "unpacked"
+    layer(torch.ones(1, 64))
+    assert resident_bytes(layer) == before + 4 * 64 * 32
 
 
 def test_shared_weights_are_resident_once():

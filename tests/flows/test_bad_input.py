@@ -83,6 +83,8 @@ def test_texts(recipe, tensorpress_run, place):
     refused(tensorpress_run("run", path), "no such file")
     shutil.copy("test.txt", "train.txt")
     refused(tensorpress_run("run", path), "calibration text", "never saw")
+    Path("train.txt").write_text("one more line\n" * 50 + Path("test.txt").read_text())
+    refused(tensorpress_run("run", path), "calibration text", "never saw")
 
 
 def test_model_folders(recipe, tensorpress_run, place):
@@ -118,6 +120,33 @@ def test_weights_that_do_not_fill_the_model(recipe, tensorpress_run, place):
     del tensors[gone]
     save_file(tensors, path, metadata={"format": "pt"})
     refused(tensorpress_run("run", recipe()), "its weights lack", re.escape(gone))
+
+
+def test_a_config_that_does_not_fit_the_weights(recipe, tensorpress_run, place):
+    path = place / "llama/config.json"
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps({**whole, "intermediate_size": 48}))
+    refused(tensorpress_run("run", recipe()), "mlp", r"\[32, 64\]", r"\[32, 48\]")
+    path.write_text(json.dumps({key: value for key, value in whole.items() if key != "architectures"}))
+    refused(tensorpress_run("run", recipe()), "architectures: is missing", "ForCausalLM")
+    path.write_text(json.dumps({**whole, "architectures": ["LlamaForSequenceClassification"]}))
+    refused(tensorpress_run("run", recipe()), "head of LlamaForSequenceClassification would be lost")
+    path.write_text(json.dumps({**whole, "quantization_config": {"quant_method": "awq", "bits": 4}}))
+    refused(tensorpress_run("run", recipe()), "'awq' cannot be opened", "tensorpress, gptq")
+
+
+def test_gates_that_cannot_be_measured_or_cannot_fail(recipe, tensorpress_run):
+    for gate, parts in {
+        "perplexity_ratio": [r"gates\.perplexity_ratio", "min, max or both"],
+        "embedding_cosine": [r"gates\.embedding_cosine", "not measured", "causal"],
+        "perplexity_ratio_other": ["not measured", "without data.evaluation.other"],
+        "parsable_functions": ["not measured"],
+    }.items():
+        bound = {} if gate == "perplexity_ratio" else {"max": 1.0}
+        measures = ["perplexity", "fidelity", "generation"]
+        refused(tensorpress_run("run", recipe(gates={gate: bound}, evaluate=measures)), *parts)
+    refused(tensorpress_run("run", recipe(gates={"size_ratio": {"min": 2, "max": 1}})), "not above its max")
+    refused(tensorpress_run("run", recipe(evaluate=[])), "evaluate", "at least 1")
 
 
 def test_windows_longer_than_the_model_takes(recipe, tensorpress_run):
@@ -163,6 +192,11 @@ def test_places_that_cannot_be_written(recipe, tensorpress_run):
     Path("file").write_text("a file")
     refused(tensorpress_run("run", recipe(), "--store", "file/store"), "cannot be written")
     refused(tensorpress_run("run", recipe(), "--json", "none/out.json"), "--json", "none")
+    refused(tensorpress_run("run", recipe(), "--store", "/proc/store"), "/proc/store cannot be written")
+    Path("half").mkdir()
+    Path("half/models").write_text("a file")
+    refused(tensorpress_run("run", recipe(), "--store", "half"), "half/models is a file")
+    assert [path.name for path in Path("half").iterdir()] == ["models"]
 
 
 def test_encoder_given_to_what_needs_a_causal_model(recipe, tensorpress_run):

@@ -73,7 +73,12 @@ def test_a_recipe_with_every_step_runs_is_tracked_and_then_cached(address, recip
     )
     assert {c.info.run_name for c in children} == set(nodes)
     assert {c.info.status for c in children} == {"FINISHED"} and parent.info.status == "FINISHED"
+    assert all(run.inputs.dataset_inputs[0].dataset.name == "test.txt" for run in (parent, *children))
+    ended = {c.info.run_name: (c.info.start_time, c.info.end_time) for c in children}
+    assert ended["decompose"][1] <= ended["baseline"][0]  # each run ends with what it is about
+    assert all(c.data.metrics["size_ratio"] > 0 for c in children)
     child = next(c for c in children if c.info.run_name == four)
+    assert child.outputs.model_outputs[0].model_id == child.data.tags["tensorpress.model_id"]
     assert child.data.metrics["perplexity_ratio"] == pytest.approx(nodes[four]["metrics"]["perplexity_ratio"])
     assert child.data.params["gptq.bits"] == "4"
     model = client.get_logged_model(child.data.tags["tensorpress.model_id"])
@@ -91,6 +96,7 @@ def test_a_recipe_with_every_step_runs_is_tracked_and_then_cached(address, recip
     assert {a["node"]: a["digest"] for a in again["artifacts"]} == {n: a["digest"] for n, a in nodes.items()}
     assert [a["metrics"] for a in again["artifacts"]] == [a["metrics"] for a in document["artifacts"]]
     assert again["mlflow_run_id"] != document["mlflow_run_id"]
+    assert len(client.search_logged_models([parent.info.experiment_id])) == len(nodes)
     assert set(psutil.Process().children(recursive=True)) <= before
 
     report = tensorpress_run("report", "latest", "--out", "page.html")
@@ -110,6 +116,7 @@ def test_changed_setting_remakes_only_what_depends_on_it(address, recipe, tensor
     tensorpress_run("run", path, "--set", "steps.cut.samples=2", "--json", "b.json")
     a, b = ({x["node"]: x for x in json.loads(Path(f).read_text())["artifacts"]} for f in ("a.json", "b.json"))
     assert b["quantize"]["cached"] and a["quantize"]["digest"] == b["quantize"]["digest"]
+    assert "samples: 2" in (Path(b["cut"]["path"]) / "README.md").read_text()
     assert not b["cut"]["cached"] and a["cut"]["digest"] != b["cut"]["digest"]
 
 
@@ -158,6 +165,35 @@ def test_failing_step_fails_the_run_and_keeps_the_others(address, recipe, place,
 
     monkeypatch.setattr(GPTQ, "compress", work)
     assert tensorpress_run("run", path).code == 0
+
+
+def test_the_worst_branch_of_a_gate_and_what_is_beaten():
+    from types import SimpleNamespace
+
+    from tensorpress.flows.compress import judge, mark_beaten
+    from tensorpress.recipe import Gate
+
+    def leaf(node, **metrics):
+        return {"node": node, "leaf": True, "metrics": metrics}
+
+    plan = SimpleNamespace(recipe=SimpleNamespace(gates={"perplexity_ratio": Gate(max=1.1)}))
+    unmeasured, good, bad = leaf("a"), leaf("b", perplexity_ratio=1.01), leaf("c", perplexity_ratio=1.2)
+    (gate,) = judge(plan, [unmeasured, good]).values()
+    assert (gate["holds"], gate["worst"], gate["branch"]) == (False, None, "a")
+    (gate,) = judge(plan, [good, bad]).values()
+    assert (gate["holds"], gate["worst"], gate["branch"]) == (False, 1.2, "c")
+    (gate,) = judge(plan, [leaf("n", perplexity_ratio=float("nan"))]).values()
+    assert not gate["holds"]
+    assert judge(plan, [good])["perplexity_ratio"]["holds"]
+
+    leaves = [
+        leaf("large", perplexity_ratio=1.05, size_ratio=0.5),
+        leaf("small", perplexity_ratio=1.02, size_ratio=0.4),
+        leaf("smaller", perplexity_ratio=1.04, size_ratio=0.3),
+        leaf("same", perplexity_ratio=1.02, size_ratio=0.4),
+    ]
+    mark_beaten(leaves)
+    assert [a["beaten_by"] for a in leaves] == ["small", None, None, None]
 
 
 def test_gate_that_does_not_hold_gives_exit_code_3(address, recipe, tensorpress_run):

@@ -33,7 +33,7 @@ def matter(text: str) -> dict[str, Any]:
 def test_card():
     text = card()
     assert matter(text) == {
-        "library_name": "tensorpress", "base_model": "demo", "license": "apache-2.0",
+        "library_name": "tensorpress", "license": "apache-2.0",
         "tags": ["tensorpress", "compression", "gptq"],
     }  # fmt: skip
     assert "| quantize | gptq | bits=4 | 12 s | 0123456789ab |" in text
