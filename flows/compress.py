@@ -160,7 +160,6 @@ def _document(
                 "run_id": result.get("run_id"),
             }
         )
-    mark_beaten(artifacts)
     gates = judge(plan, artifacts)
     failed = bool(original.get("error")) or any(a["error"] for a in artifacts)
     verdict = "FAILED" if failed else "ACCEPT" if all(g["holds"] for g in gates.values()) else "REJECT"
@@ -181,21 +180,6 @@ def _document(
         "samples": texts,
         "versions": versions(),
     }
-
-
-def mark_beaten(artifacts: list[dict[str, Any]]) -> None:
-    """Set `beaten_by` of each artifact: the best leaf that is no larger and no worse than this leaf, or None."""
-    places = {
-        a["node"]: (a["metrics"]["perplexity_ratio"], a["metrics"]["size_ratio"])
-        for a in artifacts
-        if a["leaf"] and {"perplexity_ratio", "size_ratio"} <= set(a["metrics"])
-    }
-    for artifact in artifacts:
-        own = places.get(artifact["node"], (-1.0, -1.0))
-        better = [
-            n for n, place in places.items() if place != own and all(x <= y for x, y in zip(place, own, strict=True))
-        ]
-        artifact["beaten_by"] = min(better, key=lambda node: places[node], default=None)
 
 
 def judge(plan: Plan, artifacts: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -51,7 +51,9 @@ def resolve(source: str, revision: str | None = None) -> Path:
     if source == "demo":
         return demo_folder()
     if not source:
-        raise InputError("model.source: no such folder: it is empty; a model is `demo`, a folder, or a hub id (owner/name)")
+        raise InputError(
+            "model.source: no such folder: it is empty; a model is `demo`, a folder, or a hub id (owner/name)"
+        )
     try:
         path = Path(source).expanduser()
         there = path.exists()

@@ -184,6 +184,7 @@ def _stoppable(server: PrefectServer, store: Path) -> Iterator[None]:
 def _show(document: dict[str, Any], store: Path) -> None:
     from rich.markup import escape
 
+    from tensorpress.pictures.front import beaten
     from tensorpress.pictures.tables import metrics_table
 
     console.print(metrics_table(document))
@@ -193,13 +194,10 @@ def _show(document: dict[str, Any], store: Path) -> None:
         note = artifact["report"]["summary"].get("note")
         if note:
             console.print(f"[yellow]note[/] {escape(artifact['node'])}: {escape(note)}")
-        if artifact["beaten_by"]:
-            beaten = (
-                f"{artifact['node']} is beaten by {artifact['beaten_by']}, which is smaller and nearer to the original"
-            )
-            console.print(f"[yellow]note[/] {escape(beaten)}")
         if artifact["error"]:
             console.print(f"[bold red]failed[/] {escape(artifact['node'])}: {escape(artifact['error'])}")
+    for node, name in beaten(document).items():
+        console.print(f"[yellow]note[/] {escape(node)}: is beaten by {escape(name)}, which is smaller and better")
     for name, gate in document["gates"].items():
         bound = ", ".join(f"{side} {gate[side]}" for side in ("min", "max") if gate[side] is not None)
         mark = "[green]holds[/]" if gate["holds"] else "[bold red]does not hold[/]"

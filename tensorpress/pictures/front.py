@@ -104,6 +104,17 @@ def points_of(run: Mapping[str, Any], quality: Quality) -> tuple[list[Point], li
     return points, missing
 
 
+def beaten(run: Mapping[str, Any]) -> dict[str, str]:
+    """Node -> name of a branch that is no larger and no worse. A method that loses is said to lose."""
+    points = [p for p in points_of(run, quality_of(run))[0] if p.node != ROOT]
+    front = [points[i] for i in pareto([(p.x, p.y) for p in points])]
+    return {
+        p.node: next(q.name for q in reversed(front) if q.x <= p.x and q.y <= p.y)
+        for p in points
+        if p not in front and any(q.x <= p.x and q.y <= p.y and (q.x, q.y) != (p.x, p.y) for q in front)
+    }
+
+
 def draw_front(run: Mapping[str, Any]) -> Figure:
     """Size ratio against quality, for all leaves and the original; gates shaded where they refuse."""
     quality = quality_of(run)

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from tensorpress.pictures import graph
-from tensorpress.pictures.front import draw_front, pareto, points_of, quality_of
+from tensorpress.pictures.front import beaten, draw_front, points_of, quality_of
 from tensorpress.pictures.graph import draw_graph, leaves_of
 from tensorpress.pictures.layers import draw_layer_map
 from tensorpress.pictures.tables import (
@@ -169,7 +169,7 @@ def _metrics(run: Mapping[str, Any]) -> dict[str, Any]:
     groups = [(g, n) for g in GROUPS if (n := sum(m.group == g for m in columns))]
     edges = {i for i, m in enumerate(columns) if i == 0 or m.group != columns[i - 1].group}
     winners = {m.key: best(m, [f.get(m.key) for f in figures]) for m in columns}
-    worse = _dominated(run)
+    worse = beaten(run)
     rows = [
         {
             "name": "original",
@@ -194,17 +194,6 @@ def _row(
         {"text": write(m.key, figures.get(m.key)), "edge": i in edges, "best": row in winners.get(m.key, ())}
         for i, m in enumerate(columns)
     ]
-
-
-def _dominated(run: Mapping[str, Any]) -> dict[str, str]:
-    """Node -> name of a branch that is smaller and better. A method that loses is said to lose."""
-    points = [p for p in points_of(run, quality_of(run))[0] if p.node != ROOT]
-    front = [points[i] for i in pareto([(p.x, p.y) for p in points])]
-    return {
-        p.node: next(q.name for q in reversed(front) if q.x <= p.x and q.y <= p.y)
-        for p in points
-        if p not in front and any(q.x <= p.x and q.y <= p.y and (q.x, q.y) != (p.x, p.y) for q in front)
-    }
 
 
 def _step(artifact: Mapping[str, Any], prefix: str) -> dict[str, Any]:
