@@ -1,12 +1,13 @@
-"""Tiny models of every architecture, a tiny tokenizer, and seeds that a failing test shows."""
+"""Tiny models of every architecture, tokenizers, the command line, and seeds that a failing test shows."""
 
 from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -87,6 +88,34 @@ def make_tokenizer() -> Callable[..., Any]:
     return make
 
 
+@pytest.fixture(scope="session")
+def make_byte_tokenizer() -> Callable[..., Any]:
+    """`make_byte_tokenizer((":", "Ċ"), eos_token="<end>")`: a token for each byte, then one for each merge."""
+
+    def make(*merges: tuple[str, str], **special: str) -> Any:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+        texts = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
+        inner = Tokenizer(models.BPE(vocab={text: i for i, text in enumerate(texts)}, merges=list(merges)))
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        inner.decoder = decoders.ByteLevel()
+        return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **special)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def save_folder(make_byte_tokenizer: Any) -> Callable[[PreTrainedModel, Path], Path]:
+    """`save_folder(model, folder)`: the model of a vocabulary of at least 257 on disk, with a tokenizer of bytes."""
+
+    def save(model: PreTrainedModel, folder: Path) -> Path:
+        model.save_pretrained(folder)
+        make_byte_tokenizer(pad_token="<pad>").save_pretrained(folder)
+        return folder
+
+    return save
+
+
 @pytest.fixture
 def make_folder(tmp_path: Path, make_model: Any, make_tokenizer: Any) -> Callable[..., Path]:
     """`make_folder("llama")`: a model folder with weights and tokenizer on disk."""
@@ -134,6 +163,30 @@ def outputs() -> Callable[..., torch.Tensor]:
     def run(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             return model(input_ids=ids)[0].double()
+
+    return run
+
+
+class Ended(NamedTuple):
+    """What a run of the command line leaves."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def tensorpress_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ended]:
+    """`tensorpress_run("run", "recipe.yaml")`: the command line's own entry in this process; exit code, output, errors."""
+
+    def run(*arguments: object) -> Ended:
+        from tensorpress.cli import main
+
+        monkeypatch.setattr(sys, "argv", ["tensorpress", *map(str, arguments)])
+        capsys.readouterr()  # what the test printed before
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return Ended(stop.value.code, *capsys.readouterr())
 
     return run
 

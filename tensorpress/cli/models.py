@@ -350,7 +350,7 @@ def _check_texts(spec: Any, measures: list[str], folder: Path, config: Pretraine
     for where, source, split in texts:
         text = read_text(source, split, where)
         if not has_tokens(text, tokenizer, spec.length):
-            raise InputError(f"{where}: the text has fewer tokens than one window of {spec.length}")
+            raise InputError(f"{where}: the text has fewer than one window of {spec.length} tokens")
     if spec.pairs:
         try:
             read_pairs(Path(spec.pairs).expanduser())

@@ -2,70 +2,28 @@
 
 import copy
 import math
-import random
 
 import pytest
 import torch
-from transformers import (
-    BertConfig,
-    BertModel,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
 
-from tensorpress.compressors.base import Calibration
 from tensorpress.compressors.distances import CHUNK, DISTANCES, KLDivergence, total_distance
 from tensorpress.compressors.prune.finercut import FinerCut, masked, outputs
 from tensorpress.errors import InputError
 from tensorpress.kernels.quantized_linear import QuantizedLinear
 from tensorpress.structure import find_structure, remove_sublayer, set_module
 
-VOCABULARY = 61
-
-
-@pytest.fixture
-def seed():
-    value = random.SystemRandom().randrange(2**31)
-    print(f"seed {value}")  # shown when the test fails
-    torch.manual_seed(value)
-    return value
-
-
-def make(kind, layers=3, **more):
-    common = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 4}
-    common |= {"intermediate_size": 48, "max_position_embeddings": 64, "initializer_range": 0.2} | more
-    if kind == "gpt2":
-        sizes = {"n_embd": 32, "n_layer": layers, "n_head": 4, "n_positions": 64}
-        config = GPT2Config(vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0, initializer_range=0.2, **sizes)
-        return GPT2LMHeadModel(config).eval()
-    config, model = {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "neox": (GPTNeoXConfig, GPTNeoXForCausalLM),
-        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-        "bert": (BertConfig, BertModel),
-    }[kind]
-    if kind in ("llama", "qwen2"):
-        common |= {"num_key_value_heads": 2, "eos_token_id": None, "bos_token_id": 0}
-    return model(config(**common)).eval()
-
-
-def calibration_of(seed, samples=4, length=12, model=None):
-    ids = torch.randint(0, VOCABULARY, (samples * length * 3,), generator=torch.Generator().manual_seed(seed))
-    windows = ids[: samples * length].view(samples, length)
-    validation = ids[samples * length : 2 * samples * length].view(samples, length)
-    return Calibration(windows, validation, ids[2 * samples * length :], seed, lambda: model)
-
 
 def naive_js(a, b):
     p, q = a.double().softmax(-1), b.double().softmax(-1)
     m = (p + q) / 2
     return ((p * (p / m).log()).sum(-1) + (q * (q / m).log()).sum(-1)) / 2
+
+
+def weaken(model, sublayer, share=0.0):
+    """Let the sublayer add this share of what it adds, so that it is the first to go."""
+    with torch.no_grad():
+        for parameter in model.get_submodule(sublayer.paths[-1]).parameters():
+            parameter.mul_(share)
 
 
 def mean_js(model, batch, structure, reference):
@@ -122,10 +80,10 @@ def test_kl_loss_has_the_gradient_of_autograd(seed, monkeypatch):
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "neox", "qwen2", "bert"])
-def test_masked_is_sliced_and_unmasked_is_the_model(seed, kind):
-    model = make(kind, layers=2)
-    structure, ids = find_structure(model), torch.randint(0, VOCABULARY, (2, 9))
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "qwen2", "bert"])
+def test_masked_is_sliced_and_unmasked_is_the_model(make_model, make_ids, kind):
+    model = make_model(kind, num_hidden_layers=2)
+    structure, ids = find_structure(model), make_ids(2, 9)
     before = outputs(model, ids, structure)
     assert len(structure.sublayers) == 4
     for sublayer in structure.sublayers:
@@ -139,11 +97,11 @@ def test_masked_is_sliced_and_unmasked_is_the_model(seed, kind):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_choices_equal_brute_force(seed, kind):
-    model = make(kind)
+def test_choices_equal_brute_force(make_model, make_calibration, kind):
+    model = make_model(kind)
     original = copy.deepcopy(model)
     structure = find_structure(original)
-    calibration = calibration_of(seed)
+    calibration = make_calibration(4, 12)
     reference = outputs(original, calibration.windows, structure)
     expected, values = [], []
     for _ in range(2):
@@ -163,16 +121,20 @@ def test_choices_equal_brute_force(seed, kind):
     assert mean_js(pruned, calibration.windows, structure, reference) == pytest.approx(values[1], rel=1e-3)
 
 
-def test_greedy_knows_of_earlier_choices(seed):
+def test_greedy_knows_of_earlier_choices(make_model, make_calibration):
     """Feed-forwards that add 0.9 g, -g and 0.6 g: alone the second is missed most, but behind the third it has to go."""
-    model = make("gpt2", layers=3)
+    model = make_model("gpt2")
+    first = model.transformer.h[0]
     with torch.no_grad():
-        first = copy.deepcopy(model.transformer.h[0].mlp.state_dict())
+        norm, forward = (copy.deepcopy(part.state_dict()) for part in (first.ln_2, first.mlp))
         for block, share in zip(model.transformer.h, (0.9, -1.0, 0.6), strict=True):
-            block.attn.c_proj.weight.zero_()
-            block.mlp.load_state_dict(first)
-            block.mlp.c_proj.weight.mul_(0.02 * share)
-    structure, calibration = find_structure(model), calibration_of(seed)
+            block.ln_2.load_state_dict(norm)
+            block.mlp.load_state_dict(forward)
+            for parameter in block.attn.c_proj.parameters():
+                parameter.zero_()
+            for parameter in block.mlp.c_proj.parameters():
+                parameter.mul_(0.02 * share)
+    structure, calibration = find_structure(model), make_calibration(4, 12)
     reference = outputs(model, calibration.windows, structure)
     forwards = [s for s in structure.sublayers if s.kind == "feed_forward"]
     alone = {}
@@ -186,12 +148,12 @@ def test_greedy_knows_of_earlier_choices(seed):
     assert report.summary["divergence"] < 0.5 * one_shot
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "neox", "bert"])
-def test_parameters_are_really_gone(seed, kind):
-    model = make(kind)
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "bert"])
+def test_parameters_are_really_gone(make_model, make_calibration, kind):
+    model = make_model(kind)
     before = sum(p.numel() for p in model.parameters())
     structure = find_structure(model)
-    model, report = FinerCut(remove=0.5).compress(model, calibration_of(seed))
+    model, report = FinerCut(remove=0.5).compress(model, make_calibration(4, 12))
     after = sum(p.numel() for p in model.parameters())
     left = find_structure(model).sublayers
     assert len(report.layers) == 3 and len(left) == 3
@@ -204,27 +166,22 @@ def test_parameters_are_really_gone(seed, kind):
     assert not [n for s in gone for path in s.paths for n in names if n.startswith(path + ".")]
 
 
-def test_both_sublayers_of_a_parallel_block_take_their_norms(seed):
-    model = make("neox", layers=2, use_parallel_residual=True)
-    with torch.no_grad():  # the last block adds almost nothing
-        model.gpt_neox.layers[1].attention.dense.weight.mul_(1e-4)
-        model.gpt_neox.layers[1].mlp.dense_4h_to_h.weight.mul_(1e-4)
-    model, report = FinerCut(remove=0.5).compress(model, calibration_of(seed))
+def test_both_sublayers_of_a_parallel_block_take_their_norms(make_model, make_calibration):
+    model = make_model("gpt_neox", num_hidden_layers=2, use_parallel_residual=True)
+    for sublayer in find_structure(model).sublayers[2:]:
+        weaken(model, sublayer, 1e-4)
+    model, report = FinerCut(remove=0.5).compress(model, make_calibration(4, 12))
     assert {row.layer for row in report.layers} == {"block 1 attention", "block 1 feed_forward"}
     assert sum(p.numel() for p in model.gpt_neox.layers[1].parameters()) == 0
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
-def test_cached_decoding_without_the_first_attention(seed, kind):
-    model = make(kind)
-    first = find_structure(model).blocks[0].attention
-    with torch.no_grad():  # let it add nothing, so that it is the one to go
-        model.get_submodule(first.paths[-1]).weight.zero_()
-        if model.get_submodule(first.paths[-1]).bias is not None:
-            model.get_submodule(first.paths[-1]).bias.zero_()
-    model, report = FinerCut(remove=0.34, candidates="attention", samples=2).compress(model, calibration_of(seed))
+def test_cached_decoding_without_the_first_attention(make_model, make_ids, make_calibration, kind):
+    model = make_model(kind)
+    weaken(model, find_structure(model).blocks[0].attention)
+    model, report = FinerCut(remove=0.34, candidates="attention", samples=2).compress(model, make_calibration(4, 12))
     assert report.summary["order"] == ["block 0 attention"]
-    ids = torch.randint(1, VOCABULARY, (1, 5))
+    ids = make_ids(1, 5)
     settings = {"max_new_tokens": 12, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     settings |= {"pad_token_id": 0, "eos_token_id": None}
     cached = model.generate(ids, use_cache=True, **settings)
@@ -233,10 +190,10 @@ def test_cached_decoding_without_the_first_attention(seed, kind):
     torch.testing.assert_close(torch.stack(cached.logits), torch.stack(plain.logits), atol=1e-5, rtol=1e-5)
 
 
-def test_the_same_twice_and_independent_of_batches(seed, monkeypatch):
-    first = make("llama")
+def test_the_same_twice_and_independent_of_batches(make_model, make_calibration, monkeypatch):
+    first = make_model("llama")
     second, third = copy.deepcopy(first), copy.deepcopy(first)
-    calibration = calibration_of(seed)
+    calibration = make_calibration(4, 12)
     a, report_a = FinerCut(remove=0.5).compress(first, calibration)
     b, report_b = FinerCut(remove=0.5).compress(second, calibration)
     monkeypatch.setattr("tensorpress.compressors.prune.finercut.BATCH", 1)
@@ -247,42 +204,45 @@ def test_the_same_twice_and_independent_of_batches(seed, monkeypatch):
     assert torch.equal(a(input_ids=ids).logits, b(input_ids=ids).logits)
 
 
-def test_a_tie_goes_to_the_later_one():
-    model = make("gpt2", layers=3)
+def test_a_tie_goes_to_the_later_one(make_model, make_calibration):
+    model = make_model("gpt2")
     with torch.no_grad():
         for block in model.transformer.h:
             for layer in (block.attn.c_proj, block.mlp.c_proj):
                 layer.weight.zero_()
                 layer.bias.zero_()
-    _, report = FinerCut(remove=0.5).compress(model, calibration_of(0))
+    _, report = FinerCut(remove=0.5).compress(model, make_calibration(4, 12))
     assert report.summary["order"] == ["block 2 feed_forward", "block 2 attention", "block 1 feed_forward"]
     assert report.summary["divergence"] < 1e-7
 
 
-def test_protected_blocks_and_kinds_stay(seed):
-    model = make("llama", layers=4)
-    _, report = FinerCut(remove=0.25, protect=0.5, candidates="feed_forward").compress(model, calibration_of(seed))
+def test_protected_blocks_and_kinds_stay(make_model, make_calibration):
+    model = make_model("llama", num_hidden_layers=4)
+    _, report = FinerCut(remove=0.25, protect=0.5, candidates="feed_forward").compress(model, make_calibration(4, 12))
     assert len(report.layers) == 1 and report.layers[0].layer in ("block 2 feed_forward", "block 3 feed_forward")
     assert report.summary["candidates"] == 2
 
 
-def test_one_attention_stays_for_the_cache(seed):
-    model = make("llama", layers=2)
-    model, report = FinerCut(remove=0.8).compress(model, calibration_of(seed))
-    assert len(report.layers) == 3
+def test_one_attention_stays_for_the_cache(make_model, make_calibration):
+    model = make_model("llama", num_hidden_layers=2)
+    for share, block in zip((0.0, 0.01), find_structure(model).blocks, strict=True):  # both would go first
+        weaken(model, block.attention, share)
+    model, report = FinerCut(remove=0.8).compress(model, make_calibration(4, 12))
+    assert report.layers[0].layer == "block 0 attention" and len(report.layers) == 3
     (left,) = find_structure(model).sublayers
-    assert left.kind == "attention" and model.get_submodule(left.stubs[0][0]).layer_idx == 0
+    assert left.name == "block 1 attention" and model.get_submodule(left.stubs[0][0]).layer_idx == 0
 
 
-def test_the_last_full_attention_stays_beside_sliding_ones(seed):
+def test_the_last_full_attention_stays_beside_sliding_ones(make_model, make_calibration):
     types = ["full_attention", "sliding_attention", "sliding_attention"]
-    model = make("qwen2", layer_types=types, sliding_window=4, use_sliding_window=True)
-    model, report = FinerCut(remove=0.6, candidates="attention").compress(model, calibration_of(seed))
+    model = make_model("qwen2", layer_types=types, sliding_window=4, use_sliding_window=True)
+    weaken(model, find_structure(model).blocks[0].attention)  # it would go first
+    model, report = FinerCut(remove=0.6, candidates="attention").compress(model, make_calibration(4, 12))
     assert {row.layer for row in report.layers} == {"block 1 attention", "block 2 attention"}
 
 
-def test_works_on_a_quantized_model(seed):
-    model = make("llama", layers=2)
+def test_works_on_a_quantized_model(make_model, make_calibration):
+    model = make_model("llama", num_hidden_layers=2)
     for path in find_structure(model).linear_paths:
         inputs, outs = model.get_submodule(path).in_features, model.get_submodule(path).out_features
         layer = QuantizedLinear.from_integers(
@@ -295,7 +255,7 @@ def test_works_on_a_quantized_model(seed):
             None,
         )
         set_module(model, path, layer)
-    _, report = FinerCut(remove=0.5, candidates="feed_forward").compress(model, calibration_of(seed))
+    _, report = FinerCut(remove=0.5, candidates="feed_forward").compress(model, make_calibration(4, 12))
     (row,) = report.layers
     assert row.parameters_before == 3 * 32 * 48 + 32
     assert 3 * 32 * 48 / 2 < row.bytes_before < 3 * 32 * 48
@@ -312,8 +272,8 @@ def test_works_on_a_quantized_model(seed):
         ("llama", {"remove": 0.9, "candidates": "attention"}, "takes 3 of 3 attention sublayers, but only 2 can go"),
     ],
 )
-def test_refusals(kind, fields, line):
-    model = make(kind)
+def test_refusals(make_model, kind, fields, line):
+    model = make_model(kind)
     method = FinerCut(**{"remove": 0.3} | fields)
     with pytest.raises(InputError, match=line) as caught:
         method.check(model, find_structure(model))
@@ -322,17 +282,17 @@ def test_refusals(kind, fields, line):
     assert method_that_fits._plan(model, find_structure(model))[0] == 1
 
 
-def test_encoder_default_is_the_angle_and_progress_is_told(seed):
-    model, calibration, told = make("bert"), calibration_of(seed), []
+def test_encoder_default_is_the_angle_and_progress_is_told(make_model, make_calibration):
+    model, calibration, told = make_model("bert"), make_calibration(4, 12), []
     calibration.progress = lambda *what: told.append(what)
     _, report = FinerCut(remove=0.34).compress(model, calibration)
     assert report.summary["distance"] == "angular" and 0 < report.summary["divergence"] < 1
     assert told[0] == ("finercut", 0, 11) and told[-1] == ("finercut", 11, 11) and len(told) == 12
 
 
-def test_training_mode_and_weights_that_stay_are_untouched(seed):
-    model = make("llama").train()
+def test_training_mode_and_weights_that_stay_are_untouched(make_model, make_calibration):
+    model = make_model("llama").train()
     weights = {name: p.clone() for name, p in model.named_parameters()}
-    model, _ = FinerCut(remove=0.3).compress(model, calibration_of(seed))
+    model, _ = FinerCut(remove=0.3).compress(model, make_calibration(4, 12))
     assert model.training
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())

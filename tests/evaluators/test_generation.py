@@ -1,13 +1,10 @@
-import random
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tensorpress.evaluators.base import EvaluationData, Subject, no_progress
+from tensorpress.evaluators.base import no_progress
 from tensorpress.evaluators.generation import (
     FunctionPrompt,
     Generation,
@@ -21,22 +18,10 @@ from tensorpress.evaluators.generation import (
 END = "<end>"
 
 
-@pytest.fixture
-def seed():
-    drawn = random.SystemRandom().randrange(1 << 30)
-    print("seed", drawn)
-    return drawn
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
+@pytest.fixture(scope="session")
+def tokenizer(make_byte_tokenizer):
     """One token a byte, but for the colon with its line end, which is one."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: index for index, letter in enumerate([*letters, ":Ċ"])}
-    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[(":", "Ċ")]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=END)
+    return make_byte_tokenizer((":", "Ċ"), eos_token=END)
 
 
 class Parrot(nn.Module):
@@ -59,11 +44,16 @@ class Parrot(nn.Module):
         return SimpleNamespace(logits=logits, past_key_values=past_key_values)
 
 
-def evaluate(model, tokenizer, text, folder, demo=True):
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
-    windows = ids[: len(ids) // 16 * 16].view(-1, 16)
-    data = EvaluationData(windows, windows.numel(), tokenizer, "text", demo=demo)
-    return Generation().evaluate(Subject(model, lambda: model, folder, folder, True), data)
+@pytest.fixture
+def generate(evaluate, tokenizer):
+    """`generate(model, text)`: the result on the windows of a text."""
+
+    def run(model, text, demo=True):
+        ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+        windows = ids[: len(ids) // 16 * 16].view(-1, 16)
+        return evaluate(Generation(), model, model, windows, tokenizer, demo=demo)
+
+    return run
 
 
 SOURCE = (
@@ -133,24 +123,24 @@ def test_prompts_end_with_the_header_as_the_text_is_cut(tokenizer):
     assert len(function_prompts(SOURCE, tokenizer, 24, length=220, after=12)) == 2  # too little is before the first
 
 
-def test_share_of_functions_that_parse(tokenizer, tmp_path):
+def test_share_of_functions_that_parse(generate, tokenizer):
     texts = ["    return 1\n\nx = (", "        return )\n", "    if a:\n        return 1\n    return (1, 2" + "," * 60]
     model = Parrot(tokenizer, ["."] * 4 + texts)
-    result = evaluate(model, tokenizer, SOURCE, tmp_path)
+    result = generate(model, SOURCE)
     assert result.conditions["functions"] == 3
     assert result.metrics == {"parsable_functions": pytest.approx(2 / 3)}
     assert result.conditions["parsable_functions_of_the_text"] == 1.0
-    assert evaluate(Parrot(tokenizer, ["."] * 4 + texts), tokenizer, SOURCE, tmp_path) == result
+    assert generate(Parrot(tokenizer, ["."] * 4 + texts), SOURCE) == result
 
 
-def test_end_of_text_ends_the_function(tokenizer, tmp_path):
+def test_end_of_text_ends_the_function(generate, tokenizer):
     complete = Parrot(tokenizer, ["."] * 4 + [f"        return 1{END}def )"] * 3)
-    assert evaluate(complete, tokenizer, SOURCE, tmp_path).metrics["parsable_functions"] == 1.0
+    assert generate(complete, SOURCE).metrics["parsable_functions"] == 1.0
     silent = Parrot(tokenizer, ["."] * 4 + [END] * 3)
-    assert evaluate(silent, tokenizer, SOURCE, tmp_path).metrics["parsable_functions"] == 0.0
+    assert generate(silent, SOURCE).metrics["parsable_functions"] == 0.0
 
 
-def test_decoding_ends_with_the_last_function(tokenizer, tmp_path):
+def test_decoding_ends_with_the_last_function(tokenizer):
     model = Parrot(tokenizer, ["        return 1\n\nx" + "y" * 60, "        1\nz" + "y" * 60])
     steps = []
     model.register_forward_hook(lambda *call: steps.append(1))
@@ -161,19 +151,16 @@ def test_decoding_ends_with_the_last_function(tokenizer, tmp_path):
     assert len(steps) == len("        return 1\n\nx")
 
 
-def test_samples_are_kept_for_every_model(tokenizer, tmp_path):
-    result = evaluate(Parrot(tokenizer, ["ONE", "TWO"]), tokenizer, SOURCE, tmp_path, demo=False)
+def test_samples_are_kept_for_every_model(generate, tokenizer):
+    result = generate(Parrot(tokenizer, ["ONE", "TWO"]), SOURCE, demo=False)
     assert result.metrics == {}
     assert result.texts["samples.txt"].count("===== prompt") == 4
     assert "===== continuation\nTWO" in result.texts["samples.txt"]
-    assert evaluate(Parrot(tokenizer, ["x"]), tokenizer, "no functions here " * 20, tmp_path).metrics == {}
+    assert generate(Parrot(tokenizer, ["x"]), "no functions here " * 20).metrics == {}
 
 
-def test_greedy_with_a_cache_is_greedy_without(seed, tokenizer, tmp_path):
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlamaConfig(**sizes, vocab_size=len(tokenizer), max_position_embeddings=64)
-    model = LlamaForCausalLM(config).eval().double()
+def test_greedy_with_a_cache_is_greedy_without(generate, make_model, tokenizer):
+    model = make_model(num_hidden_layers=2, vocab_size=len(tokenizer)).double()
     prompts = torch.randint(len(tokenizer), (3, 7))
     expected = prompts.tolist()
     with torch.no_grad():
@@ -183,4 +170,4 @@ def test_greedy_with_a_cache_is_greedy_without(seed, tokenizer, tmp_path):
     assert greedy(model, prompts, 10) == [row[7:] for row in expected]
     early = greedy(model, prompts, 10, lambda row, new: row == 1 and len(new) == 4)
     assert early == [row[7:11] if index == 1 else row[7:] for index, row in enumerate(expected)]
-    assert 0 <= evaluate(model, tokenizer, SOURCE, tmp_path).metrics["parsable_functions"] <= 1  # within 64 positions
+    assert 0 <= generate(model, SOURCE).metrics["parsable_functions"] <= 1  # within 64 positions

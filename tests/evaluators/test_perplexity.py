@@ -1,38 +1,13 @@
+import copy
 import math
-import random
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from tensorpress.errors import InputError
 from tensorpress.evaluators import perplexity as measure
-from tensorpress.evaluators.base import EvaluationData, Subject
 from tensorpress.evaluators.catalog import relative_metrics
 from tensorpress.evaluators.fidelity import Fidelity, divergence
-
-VOCABULARY = 61
-
-
-def tiny_llama(seed, **overrides):
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlamaConfig(**{**sizes, "vocab_size": VOCABULARY, "max_position_embeddings": 64, **overrides})
-    model = LlamaForCausalLM(config).eval()
-    for parameter in model.parameters():
-        parameter.data.mul_(8)  # far from uniform
-    return model
-
-
-@pytest.fixture
-def seed():
-    drawn = random.SystemRandom().randrange(1 << 30)
-    print("seed", drawn)
-    return drawn
-
-
-def random_windows(seed, count, length):
-    return torch.randint(VOCABULARY, (count, length), generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
@@ -49,12 +24,8 @@ def naive_nats(model, windows):
     return total, tokens
 
 
-def subject_of(model, folder, original=None):
-    return Subject(model, lambda: original or model, folder, folder, original is None)
-
-
-def test_nll_is_that_of_a_naive_float64_loop(seed):
-    model, windows = tiny_llama(seed), random_windows(seed, 5, 13)
+def test_nll_is_that_of_a_naive_float64_loop(make_sharp, make_ids):
+    model, windows = make_sharp(), make_ids(5, 13)
     nats, tokens = measure.nll(model, windows)
     expected, count = naive_nats(model, windows)
     assert tokens == count == 5 * 12
@@ -62,11 +33,11 @@ def test_nll_is_that_of_a_naive_float64_loop(seed):
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
-def test_batches_and_chunks_change_nothing(seed, count, monkeypatch):
-    model, windows = tiny_llama(seed), random_windows(seed, count, 11)
+def test_batches_and_chunks_change_nothing(make_sharp, make_ids, count, monkeypatch):
+    model, windows = make_sharp(), make_ids(count, 11)
     whole = measure.nll(model, windows)
     monkeypatch.setattr(measure, "TOKENS_PER_FORWARD", 33)
-    monkeypatch.setattr(measure, "SCRATCH_BYTES", VOCABULARY * 4 * 2 * 5)
+    monkeypatch.setattr(measure, "SCRATCH_BYTES", model.config.vocab_size * 4 * 2 * 5)
     reports = []
     cut = measure.nll(model, windows, lambda *report: reports.append(report))
     assert cut[1] == whole[1] == count * 10
@@ -85,39 +56,28 @@ def test_large_vocabularies_get_small_batches_and_chunks():
 
 
 @pytest.mark.parametrize(("value", "holds"), [(math.nan, math.isnan), (math.inf, math.isnan), (-math.inf, math.isinf)])
-def test_bad_logits_reach_the_result(seed, value, holds, tmp_path):
-    model, windows = tiny_llama(seed), random_windows(seed, 3, 9)
-    token = int(windows[1, 4])
+def test_bad_logits_reach_the_result(make_sharp, make_ids, evaluate, value, holds):
+    model, windows = make_sharp(), make_ids(3, 9)
+    original, token = copy.deepcopy(model), int(windows[1, 4])
 
     def spoil(module, args, output):
         output[..., token] = value
 
     model.lm_head.register_forward_hook(spoil)
-    metrics = measure.Perplexity().evaluate(subject_of(model, tmp_path), data_of(windows)).metrics
+    metrics = evaluate(measure.Perplexity(), model, model, windows).metrics
     assert holds(metrics["perplexity"])
     assert holds(metrics["bits_per_byte"])
-    assert holds(divergence(tiny_llama(seed), model, windows)[0])
+    assert holds(divergence(original, model, windows)[0])
 
 
-def data_of(windows, **fields):
-    return EvaluationData(windows=windows, text_bytes=3 * windows.numel(), tokenizer=None, name="random", **fields)
-
-
-def test_perplexity_and_bits_per_byte_of_a_uniform_model(tmp_path):
-    model = tiny_llama(0)
+def test_perplexity_and_bits_per_byte_of_a_uniform_model(make_sharp, make_ids, evaluate):
+    model = make_sharp()
     model.lm_head.weight.data.zero_()
-    windows = random_windows(0, 3, 17)
-    data = data_of(windows, other_windows=windows[:2], other_bytes=34, other_name="another")
-    result = measure.Perplexity().evaluate(subject_of(model, tmp_path), data)
-    assert result.metrics == pytest.approx(
-        {
-            "perplexity": VOCABULARY,
-            "bits_per_byte": math.log2(VOCABULARY) / 3,
-            "perplexity_other": VOCABULARY,
-            "bits_per_byte_other": math.log2(VOCABULARY),
-        },
-        rel=1e-5,
-    )
+    windows = make_ids(3, 17)
+    others = {"other_windows": windows[:2], "other_bytes": 34, "other_name": "another"}
+    result = evaluate(measure.Perplexity(), model, model, windows, **others)
+    uniform = {"perplexity": 64, "bits_per_byte": 2, "perplexity_other": 64, "bits_per_byte_other": 6}
+    assert result.metrics == pytest.approx(uniform, rel=1e-5)
     assert result.conditions["tokens"] == 3 * 16
     assert result.conditions["window"] == 17
     assert result.conditions["dtype"] == "float32"
@@ -129,19 +89,19 @@ def test_perplexity_too_large_for_a_float_is_infinite():
     assert math.isnan(measure.perplexity(math.nan, 10))
 
 
-def test_windows_that_cannot_be_scored_are_refused(tmp_path):
-    model = tiny_llama(0)
+def test_windows_that_cannot_be_scored_are_refused(make_sharp, make_ids, evaluate):
+    model = make_sharp()
     with pytest.raises(ValueError, match="no token with a context"):
         measure.nll(model, torch.zeros(4, 1, dtype=torch.int64))
     for evaluator in (measure.Perplexity(), Fidelity()):
         with pytest.raises(InputError, match=r"data\.evaluation\.length: windows of 65 tokens; .* takes 64 at most"):
-            evaluator.evaluate(subject_of(model, tmp_path), data_of(random_windows(0, 2, 65)))
+            evaluate(evaluator, model, model, make_ids(2, 65))
 
 
-def test_ratio_to_the_original(seed, tmp_path):
-    original, model, windows = tiny_llama(seed), tiny_llama(seed + 1), random_windows(seed, 4, 10)
-    data = data_of(windows, other_windows=windows[:1], other_bytes=30)
-    ours, theirs = (measure.Perplexity().evaluate(subject_of(m, tmp_path), data).metrics for m in (model, original))
+def test_ratio_to_the_original(make_sharp, make_ids, evaluate):
+    original, model, windows = make_sharp(), make_sharp(), make_ids(4, 10)
+    others = {"other_windows": windows[:1], "other_bytes": 30}
+    ours, theirs = (evaluate(measure.Perplexity(), m, original, windows, **others).metrics for m in (model, original))
     ratios = relative_metrics(ours, theirs)
     expected = math.exp((naive_nats(model, windows)[0] - naive_nats(original, windows)[0]) / 36)
     assert ratios["perplexity_ratio"] == pytest.approx(expected, rel=1e-4)

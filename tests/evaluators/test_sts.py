@@ -4,45 +4,20 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from tensorpress.errors import InputError
-from tensorpress.evaluators.base import EvaluationData, Subject
 from tensorpress.evaluators.sts import STS, embed, read_pairs
 
 WORDS = [
-    "a",
-    "man",
-    "woman",
-    "child",
-    "dog",
-    "cat",
-    "runs",
-    "sleeps",
-    "plays",
-    "sings",
-    "in",
-    "the",
-    "park",
-    "house",
-    "garden",
-    "quickly",
-    "slowly",
-]
+    "a", "man", "woman", "child", "dog", "cat", "runs", "sleeps", "plays", "sings", "in", "the", "park", "house",
+    "garden", "quickly", "slowly",
+]  # fmt: skip
 
 
 @pytest.fixture
-def seed():
-    drawn = random.SystemRandom().randrange(1 << 30)
-    print("seed", drawn)
-    return drawn
-
-
-@pytest.fixture
-def encoder(seed):
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return BertModel(BertConfig(**sizes, vocab_size=len(WORDS) + 2)).eval()
+def encoder(make_model):
+    return make_model("bert", num_hidden_layers=2, vocab_size=len(WORDS) + 2)
 
 
 @pytest.fixture
@@ -71,14 +46,13 @@ def test_embeddings_do_not_depend_on_the_batch(seed, encoder, tokenizer):
     torch.testing.assert_close(vectors.double(), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_spearman(seed, encoder, tokenizer, tmp_path):
+def test_spearman(evaluate, seed, encoder, tokenizer, tmp_path):
     left, right = sentences(seed, 20), sentences(seed + 1, 20)
     scores = [random.Random(seed + i).uniform(0, 5) for i in range(20)]
     path = tmp_path / "pairs.csv"
     rows = [f'"{a}, so",x,{s},"{b}"' for a, s, b in zip(left, scores, right, strict=True)]
     path.write_text("Sentence1,other,SCORE,sentence2\n" + "\n".join(rows) + "\n")
-    data = EvaluationData(torch.zeros(1, 2), 1, tokenizer, "none", pairs=path)
-    result = STS().evaluate(Subject(encoder, lambda: encoder, tmp_path, tmp_path, True), data)
+    result = evaluate(STS(), encoder, encoder, torch.zeros(1, 2), tokenizer, pairs=path)
     a = torch.stack([naive(encoder, tokenizer, f"{text}, so") for text in left])
     b = torch.stack([naive(encoder, tokenizer, text) for text in right])
     expected = spearmanr(torch.nn.functional.cosine_similarity(a, b).numpy(), scores).statistic
@@ -124,7 +98,6 @@ def test_what_is_wrong_with_a_file_takes_one_line(content, problem, tmp_path):
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_pairs_are_needed(encoder, tmp_path):
-    data = EvaluationData(torch.zeros(1, 2), 1, None, "none")
+def test_pairs_are_needed(evaluate, encoder):
     with pytest.raises(InputError, match=r"needs data\.evaluation\.pairs"):
-        STS().evaluate(Subject(encoder, lambda: encoder, tmp_path, tmp_path, True), data)
+        evaluate(STS(), encoder, encoder, torch.zeros(1, 2))

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 SIZES = {
     "vocab_size": 260,
@@ -33,16 +30,6 @@ def words(seed: int, count: int) -> str:
     )
 
 
-def save_folder(model: Any, folder: Path) -> Path:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    inner.decoder = decoders.ByteLevel()
-    model.save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>").save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="session")
 def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a running server; runs of the command line find it by PREFECT_API_URL."""
@@ -55,7 +42,7 @@ def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_folder: Any) -> Path:
     """A working folder with a bf16 llama, a bert, texts and sentence pairs."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -89,22 +76,3 @@ def recipe(place: Path) -> Callable[..., Path]:
         return path
 
     return write
-
-
-@pytest.fixture
-def tensorpress_run(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., SimpleNamespace]:
-    """`tensorpress_run("run", "recipe.yaml")`: the command line's own entry in this process; exit code, output, errors."""
-
-    def run(*arguments: object) -> SimpleNamespace:
-        from tensorpress.cli import main
-
-        monkeypatch.setattr(sys, "argv", ["tensorpress", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        captured = capsys.readouterr()
-        return SimpleNamespace(code=ended.value.code or 0, out=captured.out, err=captured.err)
-
-    return run
