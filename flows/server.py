@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -52,6 +53,9 @@ class PrefectServer:
         self.process: subprocess.Popen[bytes] | None = None
         self._own: FileLock | None = None
         self._passing: tempfile.TemporaryDirectory[str] | None = None
+        self._waited = False
+        self._later: Path | None = None
+        """Where the passing folder is kept in the end: a store that had none."""
         given = os.environ.get("PREFECT_API_URL")
         self.address = next((a for a in (given, DEFAULT_ADDRESS) if a and answers(a)), "")
         if self.address:
@@ -82,18 +86,22 @@ class PrefectServer:
         )
 
     def _home(self, shared: Path) -> Path:
-        """The store's own folder for Prefect's database, or, while another run's server has it, a passing one."""
-        shared.mkdir(parents=True, exist_ok=True)
-        self._own = FileLock(shared / "server.lock")
-        try:
-            self._own.acquire(blocking=False)
-        except Timeout:
-            self._passing = tempfile.TemporaryDirectory(prefix="tensorpress-prefect-", ignore_cleanup_errors=True)
-            return Path(self._passing.name)
-        return shared
+        """The store's own folder for Prefect's database; a passing one where there is none yet or another run's server has it.
+
+        So nothing is written into a store before the run's input was checked; in the end the store gets it.
+        """
+        if shared.is_dir():
+            self._own = FileLock(shared / "server.lock")
+            with contextlib.suppress(Timeout, OSError):
+                self._own.acquire(blocking=False)
+                return shared
+        self._passing = tempfile.TemporaryDirectory(prefix="tensorpress-prefect-", ignore_cleanup_errors=True)
+        self._later = None if shared.is_dir() else shared
+        return Path(self._passing.name)
 
     def wait(self) -> str:
         """Wait until the server answers; sets PREFECT_API_URL. Raises StepError when it does not come up."""
+        self._waited = True
         end = time.monotonic() + START_SECONDS
         while not answers(self.address, 2.0):
             if self.process is not None and self.process.poll() is not None:
@@ -116,6 +124,9 @@ class PrefectServer:
         if self._own is not None:
             self._own.release()
         if self._passing is not None:
+            if self._waited and self._later is not None and not self._later.exists():
+                with contextlib.suppress(OSError):
+                    shutil.copytree(self._passing.name, self._later)
             self._passing.cleanup()
 
 

@@ -8,32 +8,27 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tensorpress import plugin
 from tensorpress.errors import InputError, StepError
-from tensorpress.loading import load, register
 
 if TYPE_CHECKING:
     from tensorpress.api import compress
     from tensorpress.artifact import Artifact
+    from tensorpress.loading import load
     from tensorpress.recipe import Recipe
 
 __version__ = "0.1.0"
 __all__ = ["Artifact", "InputError", "Recipe", "StepError", "compress", "load"]
 
-register()
+plugin.install()
+
+_HOMES = {"Artifact": "artifact", "Recipe": "recipe", "compress": "api", "load": "loading"}
 
 
 def __getattr__(name: str) -> Any:
     """Import the heavier names when they are asked for."""
-    if name == "Artifact":
-        from tensorpress.artifact import Artifact
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tensorpress' has no attribute {name!r}")
+    import importlib
 
-        return Artifact
-    if name == "Recipe":
-        from tensorpress.recipe import Recipe
-
-        return Recipe
-    if name == "compress":
-        from tensorpress.api import compress
-
-        return compress
-    raise AttributeError(f"module 'tensorpress' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"tensorpress.{_HOMES[name]}"), name)

@@ -79,8 +79,8 @@ def run(
     start = time.monotonic()
     check_json_target(json_file)
     parameters = _parameters(recipe, overrides, store, kernels)
-    _prepare(parameters)
-    with prefect_server(store.absolute()) as server:
+    with prefect_server(store.absolute()) as server:  # comes up while our own libraries do
+        _prepare(parameters)
         from tensorpress.flows.compress import CompressParameters, compress
         from tensorpress.tasks.tracking import open_client
 

@@ -141,6 +141,28 @@ def test_registration_twice_is_safe():
     assert before == AUTO_QUANTIZER_MAPPING and tensorpress.loading.METHOD in AUTO_QUANTIZER_MAPPING
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "import tensorpress; from transformers import AutoModelForCausalLM as Model",
+        "from transformers import AutoModelForCausalLM as Model; import tensorpress",
+        "import tensorpress; from transformers import LlamaForCausalLM as Model",
+        "import tensorpress; from transformers.models.llama.modeling_llama import LlamaForCausalLM as Model",
+        "import transformers, tensorpress; Model = transformers.AutoModelForCausalLM",
+    ],
+)
+def test_any_order_of_imports_registers(mixed, tmp_path, lines):
+    save_model(mixed("llama"), tmp_path, torch.float32)
+    check = f"{lines}; model = Model.from_pretrained({str(tmp_path)!r})"
+    check += "; assert any(type(m).__name__ == 'QuantizedLinear' for m in model.modules())"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", check], check=True, capture_output=True)
+
+
+def test_importing_tensorpress_imports_nothing_heavy():
+    check = "import sys, tensorpress, tensorpress.cli.main; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
 def test_cached_decoding_of_a_loaded_artifact(make_model, make_ids, tmp_path, name):
     """The cache's trap again, for the indices must come back with the folder."""
