@@ -271,3 +271,6 @@ def register() -> None:
     if importlib.util.find_spec("gptqmodel") is None:
         AUTO_QUANTIZER_MAPPING["gptq"] = PlainGPTQQuantizer
         AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] = PlainGPTQConfig
+
+
+register()

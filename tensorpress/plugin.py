@@ -5,6 +5,7 @@ So `import tensorpress` costs nothing until a model is opened.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -25,9 +26,7 @@ def install() -> None:
 
 
 def _register() -> None:
-    from tensorpress.loading import register
-
-    register()
+    importlib.import_module("tensorpress.loading")  # registers itself
 
 
 class _AfterTransformers(MetaPathFinder):

@@ -149,6 +149,8 @@ def test_registration_twice_is_safe():
         "import tensorpress; from transformers import LlamaForCausalLM as Model",
         "import tensorpress; from transformers.models.llama.modeling_llama import LlamaForCausalLM as Model",
         "import transformers, tensorpress; Model = transformers.AutoModelForCausalLM",
+        "from tensorpress.loading import load; from transformers import AutoModelForCausalLM as Model",
+        "from tensorpress.artifact import Artifact; from transformers import AutoModelForCausalLM as Model",
     ],
 )
 def test_any_order_of_imports_registers(mixed, tmp_path, lines):
