@@ -238,6 +238,7 @@ def test_layers_that_would_not_shrink_stay_dense(make_model, make_calibration):
     assert report.summary["left_dense"] == sum(row.action == "dense" for row in report.layers)
     model = make_model("llama")
     _, report = MPO(bond_dimension=10_000).compress(model, make_calibration())
+    assert report.summary.pop("note").startswith("every layer stays dense")
     assert report.summary == {"kept": 1.0, "layers": 21, "left_dense": 21}
     assert not any(isinstance(module, MPOLinear) for module in model.modules())
     _, report = MPO(keep=0.001).compress(model, make_calibration())
