@@ -109,6 +109,7 @@ def test_training_that_does_harm_returns_the_model_unchanged(make_teacher, seed,
     student, report = method(learning_rate=rate, tokens=2000).compress(student, calibration_of(seed, teacher))
     assert same(student, before)
     assert report.layers[0].action == "unchanged" and report.summary["improved"] is False
+    assert "nothing was better" in report.summary["note"]
     assert report.summary["best_step"] == 0 and report.layers[0].error_after == report.layers[0].error_before
     assert len(report.summary["curve"]) > 1
 
