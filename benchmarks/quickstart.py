@@ -67,12 +67,19 @@ def figures(first: dict[str, Any], seconds: float, again: dict[str, Any], again_
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="less of everything, no bars")
+    parser.add_argument(
+        "--store", type=Path, help="an empty folder for what the runs leave; a passing one if not given"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.store is not None and args.store.exists() and any(args.store.iterdir()):
+        raise SystemExit(f"--store {args.store}: is not empty; the first run is to start from nothing")
     settings = QUICK if args.quick else []
-    with tempfile.TemporaryDirectory() as place:
-        first, seconds, _ = run(Path(place), settings)
-        again, again_seconds, _ = run(Path(place), settings)
+    with tempfile.TemporaryDirectory() as passing:
+        place = args.store or Path(passing)
+        place.mkdir(parents=True, exist_ok=True)
+        first, seconds, _ = run(place, settings)
+        again, again_seconds, _ = run(place, settings)
     rows = figures(first, seconds, again, again_seconds)
     if args.quick:
         rows = [{**row, "bar": None, "holds": True} for row in rows]

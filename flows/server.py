@@ -90,13 +90,16 @@ class PrefectServer:
 
         So nothing is written into a store before the run's input was checked; in the end the store gets it.
         """
-        if shared.is_dir():
+        there = False
+        with contextlib.suppress(OSError):  # a name that is too long, a folder that may not be entered
+            there = shared.is_dir()
+        if there:
             self._own = FileLock(shared / "server.lock")
             with contextlib.suppress(Timeout, OSError):
                 self._own.acquire(blocking=False)
                 return shared
         self._passing = tempfile.TemporaryDirectory(prefix="tensorpress-prefect-", ignore_cleanup_errors=True)
-        self._later = None if shared.is_dir() else shared
+        self._later = None if there else shared
         return Path(self._passing.name)
 
     def wait(self) -> str:
@@ -125,8 +128,11 @@ class PrefectServer:
             self._own.release()
         if self._passing is not None:
             if self._waited and self._later is not None and not self._later.exists():
+                part = self._later.with_name(f".part-prefect-{os.getpid()}")
                 with contextlib.suppress(OSError):
-                    shutil.copytree(self._passing.name, self._later)
+                    shutil.copytree(self._passing.name, part)
+                    part.rename(self._later)
+                shutil.rmtree(part, ignore_errors=True)
             self._passing.cleanup()
 
 

@@ -96,19 +96,21 @@ def expected_bytes(plan: Plan, job: Job) -> int:
     folder = Path(plan.root.path)
     width = stored_dtype(folder).itemsize
     dense = {path: float(count) for path, count in plan.layers.items()}
-    fixed = width * (original_parameters(folder) - sum(dense.values()))
+    fixed = bytes_of(weight_files(folder)) - width * sum(dense.values())
+    decomposed = 0.0
     for config in (link["config"] for link in job.chain):
         if config["use"] == "finercut":
             dense = {path: count * (1 - config["remove"]) for path, count in dense.items()}
+            decomposed *= 1 - config["remove"]
         elif config["use"] == "mpo" and config["keep"] is not None:
             for path in [p for p in dense if any(fnmatch.fnmatchcase(p, pattern) for pattern in config["layers"])]:
-                fixed += width * dense.pop(path) * config["keep"]
+                decomposed += width * dense.pop(path) * config["keep"]
         elif config["use"] == "gptq":
             group = config["group_size"] if config["group_size"] > 0 else 4096
             bits = config["bits"] + (16 + config["bits"]) / group
             fixed += sum(dense.values()) * bits / 8
             dense = {}
-    return round(fixed + width * sum(dense.values()))
+    return round(fixed + decomposed + width * sum(dense.values()))
 
 
 def _measured_seconds(store: Store, root: str) -> list[dict[str, Any]]:
@@ -144,13 +146,14 @@ def _memory(plan: Plan) -> tuple[int, str]:
     hidden = int(config.get_text_config().hidden_size)
     activations = 2 * spec.samples * spec.length * hidden * dtype.itemsize  # into a block and out of it
     training = 5 * 4 * parameters + LOGITS * min(MICRO_BATCH, 4096 * config.get_text_config().vocab_size)
-    inputs = getattr(config.get_text_config(), "intermediate_size", 4 * hidden)  # of the widest layer
+    named = getattr(config.get_text_config(), "intermediate_size", None)
+    hessians = 36 * (named if isinstance(named, int) else 4 * hidden) ** 2  # of the widest layer
     works = {job.use for name, job in plan.jobs.items() if not plan.cached[name]}
     needs = dict.fromkeys([*plan.recipe.evaluate.use], model)
     for use in works:
         needs[use] = model + (activations if METHODS[use].needs_calibration else 0)
         needs[use] += training if use in TRAINED else 0
-        needs[use] += 36 * inputs**2 if use == "gptq" else 0
+        needs[use] += hessians if use == "gptq" else 0
     for name in BESIDE_ORIGINAL & set(needs):
         needs[name] += model
     largest = max(needs, key=lambda name: needs[name]) if needs else ""
@@ -159,6 +162,8 @@ def _memory(plan: Plan) -> tuple[int, str]:
         made_of.append("as much for its original")
     if largest in works and METHODS[largest].needs_calibration:
         made_of.append(f"calibration {human_bytes(activations)}")
+    if largest == "gptq":
+        made_of.append(f"Hessian {human_bytes(hessians)}")
     if largest in TRAINED:
         made_of.append(f"training {human_bytes(training)}")
     return int(needs.get(largest, model)), f"{largest}: {', '.join(made_of)}" if largest else made_of[0]

@@ -72,7 +72,7 @@ def measure(
     conditions: dict[str, Any] = {}
     texts: dict[str, str] = {}
     cached = True
-    usual: dict[str, int] = {}
+    general: dict[str, Any] = {"dtype": job["dtype"]}
     for name in job["measures"]:
         key = _key(name, job, subject)
         with store.lock(f"evaluation-{key}"):
@@ -82,13 +82,17 @@ def measure(
                 session.set_kernels(timed=MEASURES[name].timed)
                 measured = MEASURES[name]().evaluate(session.subject, session.data, reporter(label))
                 found = {"metrics": measured.metrics, "conditions": measured.conditions, "texts": measured.texts}
-                found["kernels"] = registry.names_in_use(session.subject.model)
+                found["general"] = {"threads": torch.get_num_threads()}
+                if not MEASURES[name].timed:
+                    found["general"]["kernels"] = registry.names_in_use(session.subject.model)
                 store.remember("evaluations", key, found)
         metrics.update(found["metrics"])
         conditions.update(found["conditions"])
-        usual = found["kernels"]
+        general.update(found["general"])
         texts.update(found["texts"])
-    conditions = {"threads": torch.get_num_threads(), "dtype": job["dtype"], "kernels": usual, **conditions}
+    if "kernels" in conditions:  # those of the measure that is timed
+        general["quality_kernels"] = general.pop("kernels", {})
+    conditions = {**general, **conditions}
     if original is not None:
         metrics.update(relative_metrics(metrics, original["metrics"]))
     else:

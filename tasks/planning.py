@@ -70,7 +70,7 @@ class Plan:
     leaves: tuple[str, ...]
     recipe_yaml: str
     layers: dict[str, int]
-    """Parameters of each linear layer in the root's blocks; empty where every step is cached."""
+    """Parameters of each dense linear layer in the root's blocks; empty where every step is cached."""
 
     @property
     def evaluated(self) -> tuple[str, ...]:
@@ -190,13 +190,13 @@ def _job(
 
 
 def _check_store(store: Store) -> None:
-    in_the_way = next((path for path in store.folders if path.exists() and not path.is_dir()), None)
     place = store.root
-    while not place.exists():
-        place = place.parent
-    if in_the_way or not place.is_dir():
-        raise InputError(f"store: {store.root} cannot be written: {in_the_way or place} is a file")
     try:
+        in_the_way = next((path for path in store.folders if path.exists() and not path.is_dir()), None)
+        while not place.exists():
+            place = place.parent
+        if in_the_way or not place.is_dir():
+            raise InputError(f"store: {store.root} cannot be written: {in_the_way or place} is a file")
         with tempfile.TemporaryFile(dir=place):  # permissions alone do not tell: root, /proc, a disk that is read-only
             pass
     except OSError as error:
@@ -229,7 +229,9 @@ def _check_texts(recipe: Recipe, folder: Path) -> None:
     if evaluation.other is not None:
         texts.append(("evaluation.other", read_text(evaluation.other, "other", "data.evaluation.other")))
     for where, text in texts:
-        if overlap(text, first) > 0.5:
+        count = (evaluation.samples or 0) * evaluation.length * 8  # characters that are surely measured on, as a rule
+        measured = Text(text.name, text.content[:count] or text.content)
+        if max(overlap(measured, first), overlap(text, first), overlap(first, text)) > 0.5:
             raise InputError(
                 f"data.{where}: stands in the calibration text; quality must be measured on text that calibration never saw"
             )
@@ -248,9 +250,9 @@ def _check_texts(recipe: Recipe, folder: Path) -> None:
 
 
 def _check_methods(recipe: Recipe, folder: Path, kind: Kind) -> dict[str, int]:
-    """Let every method refuse the model before any of them works; returns the parameters of its block layers."""
+    """Let every method refuse the model before any of them works; returns the parameters of its dense block layers."""
     from tensorpress.loading import load, outline
-    from tensorpress.structure import find_structure, linear_shape
+    from tensorpress.structure import DENSE, find_structure, linear_shape
 
     for node in recipe.nodes:
         kinds = getattr(type(node.method), "kinds", ())
@@ -271,7 +273,8 @@ def _check_methods(recipe: Recipe, folder: Path, kind: Kind) -> dict[str, int]:
         except InputError as error:
             lines = (_placed(node.step, type(node.method), problem) for problem in error.problems)
             raise InputError(*lines) from None
-    return {path: math.prod(linear_shape(model.get_submodule(path))) for path in structure.linear_paths}
+    layers = {path: model.get_submodule(path) for path in structure.linear_paths}
+    return {path: math.prod(linear_shape(layer)) for path, layer in layers.items() if isinstance(layer, DENSE)}
 
 
 def _placed(step: str, method: type[Compressor], problem: str) -> str:

@@ -42,12 +42,12 @@ def run_step(label: str, job: dict[str, Any], parent: dict[str, Any], tracking: 
     run_id = tracker.start_step(work)
     try:
         result = make_artifact(work, Path(parent["path"]))
+        tracker.step_done(run_id, work, result)
+        if last:
+            tracker.close_step(run_id, None, result["size"])
     except BaseException as error:
         tracker.fail(run_id, error)
         raise
-    tracker.step_done(run_id, work, result)
-    if last:
-        tracker.close_step(run_id, None, result["size"])
     result |= {"run_id": run_id, "work_seconds": time.monotonic() - start}
     return Completed(name="Cached", message="found in the store", data=result) if result["cached"] else result
 

@@ -27,7 +27,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
+from tensorpress import digest
 from tensorpress.errors import InputError
+from tensorpress.recipe import Recipe
 from tensorpress.tasks.planning import Job, Plan
 from tensorpress.text import read_text
 
@@ -69,9 +71,9 @@ class Tracker:
         store = plan.store.root
         client = _client(store)
         close_dead_runs(client)
-        spec = plan.recipe.data.evaluation
-        text = read_text(spec.source, spec.split, "data.evaluation.source")
-        name = f"{plan.recipe.model.source} {plan.root.digest[:8]} on {text.name} {text.digest[:8]}"
+        data = _measured_on(plan.recipe)
+        on = f" on {data['name']} {data['digest'][:8]}" if data else ""
+        name = f"{plan.recipe.model.source} {plan.root.digest[:8]}{on}"
         experiment = _experiment(client, name, store)
         tags = {
             "tensorpress.recipe": plan.recipe.name,
@@ -85,7 +87,6 @@ class Tracker:
             **{f"tensorpress.{name}": value for name, value in asked.items()},
         }
         run = client.create_run(experiment, tags=tags, run_name=plan.recipe.name)
-        data = {"name": text.name, "digest": text.digest[:16], "source": spec.source}
         handle = {"store": str(store), "experiment_id": experiment, "run_id": run.info.run_id, "data": json.dumps(data)}
         tracker = cls(handle)
         tracker._dataset(run.info.run_id)
@@ -165,11 +166,10 @@ class Tracker:
     def _model(self, run_id: str, job: Job, path: str) -> str:
         """The id of the artifact's LoggedModel: one for each artifact and experiment, however many runs find it."""
         experiment = self.handle["experiment_id"]
-        known = self.client.search_logged_models(
-            [experiment], filter_string=f"tags.digest = '{job.digest}' AND tags.path = '{path}'", max_results=1
-        )
-        if known:
-            return str(known[0].model_id)
+        known = self.client.search_logged_models([experiment], filter_string=f"tags.digest = '{job.digest}'")
+        same = next((model for model in known if model.tags.get("path") == path), None)
+        if same is not None:
+            return str(same.model_id)
         model = self.client.create_logged_model(
             experiment,
             name=f"{job.step}-{job.digest[:8]}",
@@ -190,6 +190,8 @@ class Tracker:
     def _dataset(self, run_id: str) -> None:
         """Link the evaluation text to a run."""
         data = json.loads(self.handle["data"])
+        if not data:
+            return
         dataset = Dataset(data["name"], data["digest"], "local", json.dumps({"uri": data["source"]}))
         self.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "evaluation")])])
 
@@ -207,6 +209,18 @@ class Tracker:
             write(path)
             parent = str(Path(name).parent)
             self.client.log_artifact(run_id, str(path), None if parent == "." else parent)
+
+
+def _measured_on(recipe: Recipe) -> dict[str, str]:
+    """Name, digest and source of the text (or the sentence pairs) that a recipe's measures read; empty if they read none."""
+    spec, used = recipe.data.evaluation, set(recipe.evaluate.use)
+    if used - {"size", "sts"}:
+        text = read_text(spec.source, spec.split, "data.evaluation.source")
+        return {"name": text.name, "digest": text.digest[:16], "source": spec.source}
+    if "sts" in used and spec.pairs:
+        pairs = Path(spec.pairs).expanduser()
+        return {"name": pairs.name, "digest": digest.of_file(pairs)[:16], "source": spec.pairs}
+    return {}
 
 
 def close_dead_runs(client: MlflowClient) -> None:
@@ -291,6 +305,8 @@ def _experiment(client: MlflowClient, name: str, store: Path) -> str:
     with FileLock(store / "mlflow.lock"):
         found = client.get_experiment_by_name(name)
         if found is not None:
+            if found.lifecycle_stage == "deleted":  # in MLflow's pages, say
+                client.restore_experiment(found.experiment_id)
             return str(found.experiment_id)
         location = (store.absolute() / "artifacts").as_uri()
         local = tracking_uri(store).startswith("sqlite:")

@@ -19,7 +19,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import GPTQConfig, QuantizationConfigMixin
 
-from tensorpress.checks import check_folder
+from tensorpress.checks import check_folder, weight_files
 from tensorpress.errors import InputError
 from tensorpress.kernels import registry
 from tensorpress.kernels.mpo_linear import MPOLinear
@@ -29,6 +29,16 @@ from tensorpress.structure import iterate_linears, linear_shape, renumber_attent
 
 METHOD = "tensorpress"
 FORMAT_VERSION = 1
+BUFFERS = (
+    "inv_freq",
+    ".masked_bias",
+    ".attn.bias",
+    ".attention.bias",
+    "position_ids",
+    "pooler.dense.weight",
+    "pooler.dense.bias",
+)
+"""Ends of names that old checkpoints carry and no output needs."""
 REPLACED = (MPOLinear, QuantizedLinear, RemovedLinear, RemovedAttention, RemovedNorm)
 
 
@@ -201,7 +211,7 @@ def layer_specs(folder: Path, config: PretrainedConfig) -> dict[str, dict]:
         return value.get("layers") or {}
     with torch.device("meta"):
         empty = _auto_class(config).from_config(config)
-    return gptq_layers(empty, value, sorted(folder.glob("*.safetensors")))
+    return gptq_layers(empty, value, weight_files(folder))
 
 
 def _check_whole(folder: Path, model: PreTrainedModel, found: dict[str, Any]) -> None:
@@ -214,6 +224,10 @@ def _check_whole(folder: Path, model: PreTrainedModel, found: dict[str, Any]) ->
         raise InputError(
             f"{folder}: its weights lack {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else "")
         )
+    strange = sorted(name for name in found["unexpected_keys"] if not name.endswith(BUFFERS))
+    if strange:
+        more = f" and {len(strange) - 1} more" if strange[1:] else ""
+        raise InputError(f"{folder}: the model of its config.json has no place for the weights {strange[0]}{more}")
     if found["mismatched_keys"]:
         name, shape, wanted = sorted(found["mismatched_keys"])[0]
         raise InputError(f"{folder}: tensor {name} has the shape {[*shape]}; config.json says {[*wanted]}")

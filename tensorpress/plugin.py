@@ -6,11 +6,10 @@ So `import tensorpress` costs nothing until a model is opened.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 HOME = "transformers.modeling_utils"
@@ -35,16 +34,14 @@ class _AfterTransformers(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != HOME:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        spec = PathFinder.find_spec(fullname, path) if fullname == HOME else None
         if spec is None or spec.loader is None:
             return None
         run = spec.loader.exec_module
 
         def run_and_register(module: ModuleType) -> None:
             run(module)
+            sys.meta_path = [finder for finder in sys.meta_path if finder is not self]
             _register()
 
         spec.loader.exec_module = run_and_register  # type: ignore[method-assign]

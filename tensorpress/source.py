@@ -76,7 +76,12 @@ def check_source(folder: Path) -> ModelHandle:
     config = check_folder(folder)
     check_finite(folder)
     check_tokenizer(read_tokenizer(folder), config, folder)
-    load(folder)
+    try:
+        load(folder)
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # a config that transformers itself stumbles over
+        raise InputError(f"{folder}: cannot be opened: {type(error).__name__}: {one_line(error)}") from None
     return ModelHandle(str(folder.resolve()), folder_digest(folder))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import warnings
@@ -70,7 +71,7 @@ def _usage_or_crash(error: Exception) -> None:
         sys.exit(getattr(error, "exit_code", BAD_INPUT))
     if isinstance(error, OSError) and error.filename is not None:
         say_problem(f"{error.filename}: {error.strerror}")
-        sys.exit(FAILED)
+        sys.exit(BAD_INPUT if error.errno == errno.ENAMETOOLONG else FAILED)
     if os.environ.get("TENSORPRESS_DEBUG"):
         raise error
     say_problem(f"{type(error).__name__}: {error} (set TENSORPRESS_DEBUG=1 for the traceback)")

@@ -79,7 +79,7 @@ def run(
     start = time.monotonic()
     check_json_target(json_file)
     parameters = _parameters(recipe, overrides, store, kernels)
-    with prefect_server(store.absolute()) as server:  # comes up while our own libraries do
+    with _terminable(), prefect_server(store.absolute()) as server:  # comes up while our own libraries do
         _prepare(parameters)
         from tensorpress.flows.compress import CompressParameters, compress
         from tensorpress.tasks.tracking import open_client
@@ -161,6 +161,16 @@ def _in_thread(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 @contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends what is before the flow as Ctrl-C does, so that the server and its folder go."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def _stoppable(server: PrefectServer, store: Path) -> Iterator[None]:
     """Ctrl-C and SIGTERM end the run at once: the server goes, MLflow hears of it, a half-written artifact never had its name."""
     from tensorpress.tasks.tracking import close_runs_of
@@ -197,7 +207,7 @@ def _show(document: dict[str, Any], store: Path) -> None:
         if artifact["error"]:
             console.print(f"[bold red]failed[/] {escape(artifact['node'])}: {escape(artifact['error'])}")
     for node, name in beaten(document).items():
-        console.print(f"[yellow]note[/] {escape(node)}: is beaten by {escape(name)}, which is smaller and better")
+        console.print(f"[yellow]note[/] {escape(node)}: is beaten by {escape(name)}, which is no larger and no worse")
     for name, gate in document["gates"].items():
         bound = ", ".join(f"{side} {gate[side]}" for side in ("min", "max") if gate[side] is not None)
         mark = "[green]holds[/]" if gate["holds"] else "[bold red]does not hold[/]"

@@ -38,7 +38,8 @@ def read_runs(names: Sequence[str], store: Path) -> list[dict[str, Any]]:
 def compare(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help=WHICH)],
     csv_file: Annotated[
-        Path | None, typer.Option("--csv", metavar="FILE", help="Write the table as CSV, a row for each branch.")
+        Path | None,
+        typer.Option("--csv", metavar="FILE", help="Write the table as CSV, a row for each original and branch."),
     ] = None,
     store: StoreOption = DEFAULT_STORE,
     json_file: JsonOption = None,
@@ -46,6 +47,7 @@ def compare(
     """Set the originals and the leaves of runs side by side."""
     from rich.markup import escape
 
+    from tensorpress.artifact import write_whole
     from tensorpress.pictures.tables import compare_table
 
     check_json_target(json_file)
@@ -58,7 +60,7 @@ def compare(
     if different:
         console.print(f"[yellow]measured under different conditions:[/] {escape('; '.join(different))}")
     if csv_file is not None:
-        frame(rows).to_csv(csv_file, index=False)
+        write_whole(csv_file.absolute(), frame(rows).to_csv(index=False))
     write_json(
         json_file, {"runs": [d["mlflow_run_id"] for d in documents], "rows": rows, "differing_conditions": different}
     )
@@ -115,7 +117,10 @@ def frame(rows: Sequence[dict[str, Any]]) -> Any:
     """A comparison as a pandas DataFrame: name, run, branch, a column for each setting that differs and for each metric."""
     import pandas
 
-    flat = [{**{k: row[k] for k in ("name", "run", "branch")}, **row["params"], **row["metrics"]} for row in rows]
+    flat = [
+        {**{k: row.get(k) for k in ("name", "run", "branch", "error")}, **row["params"], **row["metrics"]}
+        for row in rows
+    ]
     return pandas.DataFrame(flat)
 
 

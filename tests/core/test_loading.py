@@ -150,6 +150,8 @@ def test_registration_twice_is_safe():
         "import tensorpress; from transformers.models.llama.modeling_llama import LlamaForCausalLM as Model",
         "import transformers, tensorpress; Model = transformers.AutoModelForCausalLM",
         "from tensorpress.loading import load; from transformers import AutoModelForCausalLM as Model",
+        "import tensorpress, importlib.util; importlib.util.find_spec('transformers.modeling_utils'); "
+        "from transformers import AutoModelForCausalLM as Model",
         "from tensorpress.artifact import Artifact; from transformers import AutoModelForCausalLM as Model",
     ],
 )

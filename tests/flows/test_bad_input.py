@@ -85,6 +85,8 @@ def test_texts(recipe, tensorpress_run, place):
     refused(tensorpress_run("run", path), "calibration text", "never saw")
     Path("train.txt").write_text("one more line\n" * 50 + Path("test.txt").read_text())
     refused(tensorpress_run("run", path), "calibration text", "never saw")
+    Path("train.txt").write_text(Path("test.txt").read_text()[:500])  # the part that is measured on
+    refused(tensorpress_run("run", path), "calibration text", "never saw")
 
 
 def test_model_folders(recipe, tensorpress_run, place):
@@ -133,6 +135,10 @@ def test_a_config_that_does_not_fit_the_weights(recipe, tensorpress_run, place):
     refused(tensorpress_run("run", recipe()), "head of LlamaForSequenceClassification would be lost")
     path.write_text(json.dumps({**whole, "quantization_config": {"quant_method": "awq", "bits": 4}}))
     refused(tensorpress_run("run", recipe()), "'awq' cannot be opened", "tensorpress, gptq")
+    path.write_text(json.dumps({**whole, "hidden_act": "nonsense"}))
+    refused(tensorpress_run("run", recipe()), "llama: cannot be opened", "nonsense")
+    path.write_text(json.dumps({**whole, "num_hidden_layers": 2}))
+    refused(tensorpress_run("run", recipe()), "has no place for the weights", r"model\.layers\.2")
 
 
 def test_gates_that_cannot_be_measured_or_cannot_fail(recipe, tensorpress_run):
@@ -193,6 +199,7 @@ def test_places_that_cannot_be_written(recipe, tensorpress_run):
     refused(tensorpress_run("run", recipe(), "--store", "file/store"), "cannot be written")
     refused(tensorpress_run("run", recipe(), "--json", "none/out.json"), "--json", "none")
     refused(tensorpress_run("run", recipe(), "--store", "/proc/store"), "/proc/store cannot be written")
+    refused(tensorpress_run("run", recipe(), "--store", "long" * 100), "cannot be written")
     Path("half").mkdir()
     Path("half/models").write_text("a file")
     refused(tensorpress_run("run", recipe(), "--store", "half"), "half/models is a file")

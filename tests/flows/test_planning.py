@@ -58,3 +58,12 @@ def test_a_plan_names_the_bytes_that_a_run_then_has(recipe, prefect_api, monkeyp
     made = {a["node"]: (Path(a["path"]) / "model.safetensors").stat().st_size for a in artifacts}
     for node, size in made.items():
         assert expected[node] == pytest.approx(size, rel=0.25), node
+
+    decomposed = next(a["path"] for a in artifacts if a["node"] == "decompose")
+    steps = {"quantize": {"use": "gptq", "after": "model", "group_size": 32}}
+    again = tensorpress_run(
+        "plan", recipe(steps=steps, model={"source": decomposed}, evaluate=["size"]), "--json", "p2.json"
+    )
+    assert again.code == 0, again.err
+    (node,) = json.loads(Path("p2.json").read_text())["nodes"]
+    assert 0 < node["bytes"] < made["decompose"]

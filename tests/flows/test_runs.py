@@ -237,6 +237,10 @@ def test_a_task_takes_and_gives_handles_and_leaves_no_model_behind(recipe, place
     assert sum(isinstance(thing, PreTrainedModel) for thing in gc.get_objects()) == models
 
 
+def test_a_quote_in_the_path_of_the_store(address, recipe, tensorpress_run):
+    assert tensorpress_run("run", recipe(evaluate=["size"]), "--store", "o'brien").code == 0
+
+
 def test_running_from_python(address, recipe, place):
     import tensorpress
 
