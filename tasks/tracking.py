@@ -73,7 +73,7 @@ class Tracker:
         close_dead_runs(client)
         data = _measured_on(plan.recipe)
         on = f" on {data['name']} {data['digest'][:8]}" if data else ""
-        name = f"{plan.recipe.model.source} {plan.root.digest[:8]}{on}"
+        name = f"{plan.recipe.model.source} {plan.root.digest[:8]}{on}".replace("/", " ")  # a path in MLflow's pages
         experiment = _experiment(client, name, store)
         tags = {
             "tensorpress.recipe": plan.recipe.name,
