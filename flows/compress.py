@@ -4,70 +4,96 @@ from __future__ import annotations
 
 import json
 import time
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import yaml
-from prefect import flow
+from prefect import flow, get_run_logger
 from prefect.context import get_run_context
 from prefect.exceptions import UnfinishedRun
 from prefect.futures import PrefectFuture
-from prefect.task_runners import ThreadPoolTaskRunner
-from pydantic import BaseModel, ConfigDict, Field
+from prefect.runtime import flow_run as running
+from prefect.states import Completed, Failed, State
 
-from tensorpress import recipe as recipes
-from tensorpress.artifact import Store
-from tensorpress.compressors.catalog import METHODS
-from tensorpress.errors import StepError
-from tensorpress.evaluators.catalog import MEASURES
+from tensorpress.errors import InputError, StepError
+from tensorpress.flows.graph import Work, run_graph, task_runner, threads_for
+from tensorpress.flows.parameters import WRITTEN, CompressParameters
+from tensorpress.flows.place import enter_folder
+from tensorpress.flows.request import prepare
 from tensorpress.pictures.front import draw_front
 from tensorpress.pictures.graph import draw_graph
 from tensorpress.pictures.layers import draw_layer_map
+from tensorpress.pictures.markdown import table
 from tensorpress.pictures.report import render
 from tensorpress.tasks.evaluate import run_evaluation
 from tensorpress.tasks.load import load_model
-from tensorpress.tasks.planning import Plan, make_plan
+from tensorpress.tasks.planning import Plan, timed
+from tensorpress.tasks.show import results_rows, show_link, show_table
 from tensorpress.tasks.step import run_step
 from tensorpress.tasks.tracking import Tracker
 from tensorpress.versions import versions
 
 
-class CompressParameters(BaseModel):
-    """What a run of a recipe takes."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    recipe: str = Field(title="Recipe", description="the recipe, as YAML text")
-    folder: str = Field(
-        ".",
-        title="Folder",
-        description="folder of the recipe file; paths outside it and the working folder are refused",
-    )
-    overrides: list[str] = Field([], title="Overrides", description="such as steps.quantize.bits=3")
-    store: str = Field(
-        "mlruns", title="Store", description="folder of artifacts, measurements and the tracking database"
-    )
-    kernels: str = Field("auto", title="Kernels", description="auto, or the name of one backend")
+def run_name() -> str:
+    """The name of a flow run: its recipe and what was changed in the form."""
+    given = running.parameters["parameters"]
+    parameters = given if isinstance(given, CompressParameters) else CompressParameters.model_validate(given)
+    name = parameters.recipe
+    if name == WRITTEN:
+        try:
+            name = str(yaml.safe_load(parameters.text)["name"])
+        except (yaml.YAMLError, TypeError, KeyError):
+            name = "a recipe that cannot be read"
+    changed = [f"{key} {value}" for key, value in parameters.changes().items()] + parameters.overrides
+    return ", ".join([name, *changed])[:200]
 
 
-def prepare(parameters: CompressParameters) -> Plan:
-    """Check a run's recipe, model and texts; nothing is written. Raises InputError."""
-    recipe = recipes.parse_text(parameters.recipe, METHODS, MEASURES, parameters.overrides, Path(parameters.folder))
-    return make_plan(recipe, Store(parameters.store), recipes.resolved(parameters.recipe, parameters.overrides))
+@flow(name="compress", flow_run_name=run_name, persist_result=False, validate_parameters=True)
+def compress(parameters: CompressParameters) -> State[dict[str, Any]]:
+    """Run a recipe: every step on every branch, measured, judged and tracked. The state's result is the run document.
+
+    Its state is Failed when a step failed or the input cannot be used, and Completed by the name of `Rejected` when a gate did not hold.
+    """
+    enter_folder()
+    try:
+        document = run_recipe(parameters)
+    except (InputError, StepError) as error:
+        return Failed(message=str(error), data=error)
+    return state_of(document)
 
 
-@flow(name="compress", task_runner=ThreadPoolTaskRunner(max_workers=1), persist_result=False, validate_parameters=True)  # type: ignore[arg-type]
-def compress(parameters: CompressParameters) -> dict[str, Any]:
-    """Run a recipe and return its run document. One task at a time: at most one model and its original are in memory."""
+def run_flow(parameters: CompressParameters) -> dict[str, Any]:
+    """Run the flow from this process and return its run document. Raises what stopped it."""
+    state = compress(parameters, return_state=True)
+    result = state.result(raise_on_failure=False)
+    if isinstance(result, BaseException):
+        raise result
+    return result
+
+
+def state_of(document: dict[str, Any]) -> State[dict[str, Any]]:
+    """The state in which a flow run ends, by the verdict of its run document."""
+    if document["verdict"] == "FAILED":
+        return Failed(message=f"a step failed: {first_error(document)}", data=document)
+    if document["verdict"] == "REJECT":
+        gates = ", ".join(name for name, gate in document["gates"].items() if not gate["holds"])
+        return Completed(name="Rejected", message=f"a gate does not hold: {gates}", data=document)
+    return Completed(message="every step ran and every gate held", data=document)
+
+
+def run_recipe(parameters: CompressParameters) -> dict[str, Any]:
+    """Run a recipe within a flow run and return its run document. Raises InputError before anything works."""
     start = time.monotonic()
     plan = prepare(parameters)
     plan.store.open()
-    context = get_run_context()
-    flow_run_id = str(context.flow_run.id)  # type: ignore[union-attr]
+    flow_run_id = str(get_run_context().flow_run.id)  # type: ignore[union-attr]
     asked = {"overrides": ", ".join(parameters.overrides) or "-", "kernels": parameters.kernels}
     tracker = Tracker.start(plan, flow_run_id, asked)
+    link = show_link(tracker.handle["experiment_id"], tracker.handle["run_id"])
+    if link:
+        get_run_logger().info("tracked in MLflow: %s", link)
     try:
-        run = _run(plan, tracker, parameters.kernels)
+        run = _run(plan, tracker, parameters)
         run |= {"flow_run_id": flow_run_id, "mlflow_run_id": tracker.handle["run_id"]}
         run["seconds"] = round(time.monotonic() - start, 3)
         run["overhead_seconds"] = round(run["seconds"] - run.pop("_inside"), 3)
@@ -78,22 +104,13 @@ def compress(parameters: CompressParameters) -> dict[str, Any]:
     return run
 
 
-def _run(plan: Plan, tracker: Tracker, kernels: str) -> dict[str, Any]:
+def _run(plan: Plan, tracker: Tracker, parameters: CompressParameters) -> dict[str, Any]:
     began = time.monotonic()
-    handle = tracker.handle
-    root = load_model.submit(plan.recipe.model.source, plan.root.path, str(plan.store.root))
-    asked = _evaluation_job(plan, kernels)
-    original = run_evaluation.submit("original", asked, root, None, handle)  # type: ignore[call-overload]
-    steps: dict[str, PrefectFuture[Any]] = {}
-    measured: dict[str, PrefectFuture[Any]] = {}
-    for name, job in plan.jobs.items():  # what is made is measured next: its MLflow run then ends
-        parent, last = steps.get(job.parent, root), name not in plan.evaluated
-        steps[name] = run_step.submit(name, job.to_dict(), parent, handle, last)  # type: ignore[call-overload]
-        if not last:
-            measured[name] = run_evaluation.submit(name, asked, steps[name], original, handle)  # type: ignore[call-overload]
-    results = {name: _outcome(future) for name, future in steps.items()}
-    figures = {name: _outcome(future) for name, future in measured.items()}
-    first = _outcome(original)
+    with task_runner(parameters.runner) as runner:
+        done = run_graph(runner, _works(plan, tracker, parameters), parameters.runner.parallel)
+    results = {name: _outcome(done[f"step {name}"]) for name in plan.jobs}
+    figures = {name: _outcome(done[f"evaluate {name}"]) for name in plan.evaluated}
+    first = _outcome(done["evaluate original"])
     inside = sum(r.get("work_seconds", 0.0) for r in (*results.values(), *figures.values(), first))
     for name, figure in figures.items():
         if figure.get("error") and results[name].get("run_id"):
@@ -101,6 +118,32 @@ def _run(plan: Plan, tracker: Tracker, kernels: str) -> dict[str, Any]:
     run = _document(plan, results, figures, first)
     run["_inside"] = min(inside, time.monotonic() - began)
     return run
+
+
+def _works(plan: Plan, tracker: Tracker, parameters: CompressParameters) -> list[Work]:
+    """The tasks of a plan. What is made is measured next: its MLflow run then ends, and memory is that of one branch."""
+    handle, title = tracker.handle, plan.recipe.name
+    threads = threads_for(parameters.runner)
+    asked = _evaluation_job(plan, parameters.kernels)
+    alone = timed(plan.recipe)
+    asked["threads"] = threads_for(parameters.runner.model_copy(update={"parallel": 1})) if alone else threads
+    root = {"source": plan.recipe.model.source, "folder": plan.root.path, "store": str(plan.store.root)}
+    first = {"label": f"{title}: original", "job": asked, "original": None, "tracking": handle}
+    works = [
+        Work("load", load_model, root),
+        Work("evaluate original", run_evaluation, first, {"subject": "load"}, alone),
+    ]
+    for name, job in plan.jobs.items():
+        last = name not in plan.evaluated
+        label = f"{title}: {name}"
+        arguments = {"label": label, "job": replace(job, threads=threads).to_dict(), "tracking": handle, "last": last}
+        parent = f"step {job.parent}" if job.parent in plan.jobs else "load"
+        works.append(Work(f"step {name}", run_step, arguments, {"parent": parent}))
+        if not last:
+            given = {"label": label, "job": asked, "tracking": handle}
+            needs = {"subject": f"step {name}", "original": "evaluate original"}
+            works.append(Work(f"evaluate {name}", run_evaluation, given, needs, alone))
+    return works
 
 
 def _evaluation_job(plan: Plan, kernels: str) -> dict[str, Any]:
@@ -218,8 +261,15 @@ def _leave(run: dict[str, Any], tracker: Tracker) -> None:
     tracker.text(render(run), "report.html")
     tracker.text(json.dumps(run, indent=1, default=str), "run.json")
     worst = {f"worst.{name}": gate["worst"] for name, gate in run["gates"].items() if gate["worst"] is not None}
-    errors = [run["original_error"], *(f"{a['node']}: {a['error']}" for a in run["artifacts"] if a["error"])]
-    first = next((error for error in errors if error), None)
+    first = first_error(run)
+    headers, rows = results_rows(run)
+    show_table("results", table(headers, rows), f"{run['name']}: {run['verdict']}")
     tracker.finish(
         run["verdict"], first, {"run_seconds": run["seconds"], "overhead_seconds": run["overhead_seconds"], **worst}
     )
+
+
+def first_error(run: dict[str, Any]) -> str | None:
+    """What failed first in a run, with the node it happened at; None when nothing did."""
+    errors = [run["original_error"], *(f"{a['node']}: {a['error']}" for a in run["artifacts"] if a["error"])]
+    return next((error for error in errors if error), None)

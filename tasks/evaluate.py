@@ -25,6 +25,8 @@ from tensorpress.source import read_tokenizer
 from tensorpress.tasks.card import card_of
 from tensorpress.tasks.planning import evaluation_fingerprint, working_dtype
 from tensorpress.tasks.progress import reporter
+from tensorpress.tasks.show import progress_shown
+from tensorpress.tasks.step import use_threads
 from tensorpress.tasks.tracking import Tracker
 from tensorpress.text import read_text
 
@@ -42,10 +44,12 @@ def run_evaluation(
     Returns {"metrics", "conditions", "texts", "seconds", "cached"}.
     """
     start = time.monotonic()
+    use_threads(job["threads"])
     tracker = Tracker(tracking)
     run_id = subject.get("run_id")
     try:
-        result = measure(job, subject, original, label)
+        with progress_shown(f"evaluate {label}"):
+            result = measure(job, subject, original, subject.get("node", "original"))
     except BaseException as error:
         if run_id:
             tracker.fail(run_id, error)

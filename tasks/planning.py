@@ -48,6 +48,8 @@ class Job:
     store: str
     chain: list[dict[str, Any]] = field(default_factory=list)
     recipe_yaml: str = ""
+    threads: int = 0
+    """Threads of torch that the step may use; 0: as the process has them."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -103,6 +105,11 @@ def check_kernels(name: str) -> None:
     known = {backend for operation in registry.operations() for backend in registry.backends(operation)}
     if name != "auto" and name not in known:
         raise InputError(f"kernels: {name!r} is not known; known: auto, {', '.join(sorted(known))}")
+
+
+def timed(recipe: Recipe) -> bool:
+    """Whether any of a recipe's measures takes times, which other work on the machine would falsify."""
+    return any(MEASURES[name].timed for name in recipe.evaluate.use)
 
 
 def config_kind(config: PretrainedConfig) -> Kind:

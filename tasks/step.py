@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from prefect import task
+from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 from transformers import PreTrainedModel
@@ -25,6 +25,7 @@ from tensorpress.structure import find_structure, model_kind
 from tensorpress.tasks.card import card_of, licence_of
 from tensorpress.tasks.planning import Job, stored_dtype, working_dtype
 from tensorpress.tasks.progress import reporter
+from tensorpress.tasks.show import progress_shown
 from tensorpress.tasks.tracking import Tracker
 
 
@@ -38,18 +39,34 @@ def run_step(label: str, job: dict[str, Any], parent: dict[str, Any], tracking: 
     """
     start = time.monotonic()
     work = Job(**job)
+    use_threads(work.threads)
     tracker = Tracker(tracking)
     run_id = tracker.start_step(work)
     try:
-        result = make_artifact(work, Path(parent["path"]))
+        with progress_shown(label):
+            result = make_artifact(work, Path(parent["path"]))
         tracker.step_done(run_id, work, result)
         if last:
             tracker.close_step(run_id, None, result["size"])
     except BaseException as error:
         tracker.fail(run_id, error)
         raise
+    say_made(label, result)
     result |= {"run_id": run_id, "work_seconds": time.monotonic() - start}
     return Completed(name="Cached", message="found in the store", data=result) if result["cached"] else result
+
+
+def use_threads(count: int) -> None:
+    """Let torch use so many threads in this task's thread; 0 leaves it as it is."""
+    if count:
+        torch.set_num_threads(count)
+
+
+def say_made(label: str, result: dict[str, Any]) -> None:
+    """One line in the flow run's log."""
+    size = result["size"]
+    how = "found in the store" if result["cached"] else f"made in {result['seconds']:.1f} s"
+    get_run_logger().info("%s: %s, %.3f of the original's 16-bit weights", label, how, size["size_ratio"])
 
 
 def make_artifact(job: Job, parent: Path) -> dict[str, Any]:

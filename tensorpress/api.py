@@ -17,12 +17,10 @@ def compress(
     The same as `tensorpress run`: the same graph, digests, store and tracking. Raises InputError for bad input, before
     anything has run; a step that fails does not raise: `verdict` is then `FAILED`, and the artifact's `error` says why.
     """
-    from tensorpress.artifact import Store
-    from tensorpress.compressors.catalog import METHODS
-    from tensorpress.evaluators.catalog import MEASURES
+    from tensorpress.flows.place import working_in
+    from tensorpress.flows.request import prepare, written
     from tensorpress.flows.server import connected, prefect_server
-    from tensorpress.recipe import parse_text, read
-    from tensorpress.tasks.planning import make_plan
+    from tensorpress.recipe import read
 
     folder = Path.cwd()
     if isinstance(recipe, dict):
@@ -30,19 +28,13 @@ def compress(
     else:
         text, folder = read(recipe), Path(recipe).absolute().parent
     place = Path(store).absolute()
-    arguments: dict[str, Any] = {
-        "recipe": text,
-        "folder": str(folder),
-        "overrides": list(overrides),
-        "store": str(place),
-    }
-    make_plan(parse_text(text, METHODS, MEASURES, overrides, folder), Store(place))
-    with prefect_server(place) as server:
-        from tensorpress.flows.compress import CompressParameters
-        from tensorpress.flows.compress import compress as flow
-        from tensorpress.tasks.tracking import open_client
+    parameters = written(text, list(overrides))
+    with working_in(place, folder):
+        prepare(parameters)
+        with prefect_server(place) as server:
+            from tensorpress.flows.compress import run_flow
+            from tensorpress.tasks.tracking import open_client
 
-        parameters = CompressParameters(**arguments)
-        open_client(place)
-        with connected(server.wait()):
-            return flow(parameters)
+            open_client(place)
+            with connected(server.wait()):
+                return run_flow(parameters)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -32,6 +32,7 @@ from tensorpress.errors import InputError
 
 if TYPE_CHECKING:
     from tensorpress.flows.server import PrefectServer
+    from tensorpress.tasks.planning import Plan
 
 RecipeArgument = Annotated[
     str, typer.Argument(help="A recipe file, or the name of a recipe that comes with tensorpress.")
@@ -71,6 +72,15 @@ def run(
     kernels: Annotated[
         str, typer.Option(help="Kernels that figures of speed are measured with: auto, or a backend's name.")
     ] = "auto",
+    runner: Annotated[
+        Literal["threads", "dask", "ray"], typer.Option(help="What works on the steps: this process, Dask or Ray.")
+    ] = "threads",
+    parallel: Annotated[
+        int, typer.Option(min=1, max=64, help="Branches worked on at once; each needs the memory of its model.")
+    ] = 1,
+    address: Annotated[
+        str, typer.Option(help="Address of a Dask or Ray cluster; one is started here if not given.")
+    ] = "",
     json_file: JsonOption = None,
 ) -> int:
     """Run a recipe: every step on every branch, measured, judged and tracked."""
@@ -78,15 +88,21 @@ def run(
 
     start = time.monotonic()
     check_json_target(json_file)
-    parameters = _parameters(recipe, overrides, store, kernels)
+    text, folder = _text(recipe)
     with _terminable(), prefect_server(store.absolute()) as server:  # comes up while our own libraries do
-        _prepare(parameters)
-        from tensorpress.flows.compress import CompressParameters, compress
-        from tensorpress.tasks.tracking import open_client
+        from tensorpress.flows.place import working_in
+        from tensorpress.flows.request import prepare, written
 
-        open_client(store.absolute())
-        with connected(server.wait()), _stoppable(server, store.absolute()), progress_bars():
-            document = _in_thread(lambda: compress(CompressParameters(**parameters)))
+        wanted = {"kind": runner, "parallel": parallel, "address": address}
+        parameters = written(text, overrides or [], kernels=kernels, runner=wanted)
+        with working_in(store, folder):
+            prepare(parameters)
+            from tensorpress.flows.compress import run_flow
+            from tensorpress.tasks.tracking import open_client
+
+            open_client(store.absolute())
+            with connected(server.wait()), _stoppable(server, store.absolute()), progress_bars():
+                document = _in_thread(lambda: run_flow(parameters))
     document["wall_seconds"] = round(time.monotonic() - start, 3)
     write_json(json_file, contract(document))
     _show(document, store)
@@ -104,7 +120,7 @@ def plan(
     from tensorpress.tasks.estimate import estimate
 
     check_json_target(json_file)
-    made = _prepare(_parameters(recipe, overrides, store, "auto"))
+    made = _prepare(recipe, overrides, store)
     expected = estimate(made)
     console.print(plan_tree(expected["nodes"]))
     console.print(expected["summary"], soft_wrap=True)
@@ -113,7 +129,7 @@ def plan(
 
 def validate(recipe: RecipeArgument, overrides: SetOption = None, store: StoreOption = DEFAULT_STORE) -> None:
     """Check a recipe, its model and its texts; says how many steps and branches it has."""
-    made = _prepare(_parameters(recipe, overrides, store, "auto"))
+    made = _prepare(recipe, overrides, store)
     console.print(f"{made.recipe.name}: {len(made.jobs)} steps, {len(made.leaves)} branches, model of kind {made.kind}")
 
 
@@ -123,34 +139,22 @@ def contract(document: dict[str, Any]) -> dict[str, Any]:
     return {**{key: document[key] for key in first}, **{k: v for k, v in document.items() if k not in first}}
 
 
-def _parameters(recipe: str, overrides: list[str] | None, store: Path, kernels: str) -> dict[str, Any]:
+def _text(recipe: str) -> tuple[str, Path]:
+    """The text of a recipe, and the folder that its paths belong to."""
     from tensorpress.recipe import read
 
     path = recipe_path(recipe)
-    return {
-        "recipe": read(path),
-        "folder": str(path.absolute().parent),
-        "overrides": overrides or [],
-        "store": str(store.absolute()),
-        "kernels": kernels,
-    }
+    return read(path), path.absolute().parent
 
 
-def _prepare(parameters: dict[str, Any]) -> Any:
+def _prepare(recipe: str, overrides: list[str] | None, store: Path) -> Plan:
     """Check everything without Prefect or MLflow: bad input is refused in seconds, and nothing is written."""
-    from tensorpress import recipe as recipes
-    from tensorpress.artifact import Store
-    from tensorpress.compressors.catalog import METHODS
-    from tensorpress.evaluators.catalog import MEASURES
-    from tensorpress.tasks.planning import check_kernels, make_plan
+    text, folder = _text(recipe)
+    from tensorpress.flows.place import working_in
+    from tensorpress.flows.request import prepare, written
 
-    check_kernels(parameters["kernels"])
-    recipe = recipes.parse_text(
-        parameters["recipe"], METHODS, MEASURES, parameters["overrides"], Path(parameters["folder"])
-    )
-    return make_plan(
-        recipe, Store(parameters["store"]), recipes.resolved(parameters["recipe"], parameters["overrides"])
-    )
+    with working_in(store, folder):
+        return prepare(written(text, overrides or []))
 
 
 def _in_thread(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:

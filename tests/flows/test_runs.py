@@ -222,10 +222,12 @@ def test_encoders_go_through_every_step(address, recipe, tensorpress_run):
 
 
 def test_a_task_takes_and_gives_handles_and_leaves_no_model_behind(recipe, place):
-    from tensorpress.flows.compress import CompressParameters, prepare
+    from tensorpress.flows.place import working_in
+    from tensorpress.flows.request import prepare, written
     from tensorpress.tasks.step import make_artifact
 
-    plan = prepare(CompressParameters(recipe=recipe().read_text(), folder=str(place), store=str(place / "store")))
+    with working_in(place / "store", place):
+        plan = prepare(written(recipe().read_text(), []))
     assert not (place / "store").exists()
     (job,) = plan.jobs.values()
     again = Job(**json.loads(json.dumps(job.to_dict())))

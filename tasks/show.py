@@ -1,0 +1,110 @@
+"""What a run shows in the Prefect UI while it runs: progress of long steps, a table of results, a link to MLflow."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+from uuid import UUID
+
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    update_progress_artifact,
+)
+from prefect.exceptions import PrefectException
+
+from tensorpress.tasks.progress import task_sink
+
+LONG, BETWEEN = 3.0, 2.0
+"""Seconds after which work is long enough to be shown, and between two updates."""
+MLFLOW_VARIABLE = "TENSORPRESS_MLFLOW_UI"
+"""The address of MLflow's pages; a server sets it for its runs."""
+
+
+def key(text: str) -> str:
+    """A name as Prefect wants the keys of artifacts: lower case letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+class _Progress:
+    """One progress artifact for each piece of work that takes long; a server that does not answer is no error."""
+
+    def __init__(self, label: str):
+        self.label = label
+        self.began: dict[str, float] = {}
+        self.shown: dict[str, tuple[UUID, float]] = {}
+
+    def __call__(self, node: str, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        began = self.began.setdefault(what, now)
+        artifact, last = self.shown.get(what, (None, -BETWEEN))
+        over = done >= total
+        if (artifact is None and (over or now - began < LONG)) or (now - last < BETWEEN and not over):
+            return
+        share = 100.0 * done / max(total, 1)
+        with contextlib.suppress(PrefectException, OSError, RuntimeError):
+            if artifact is None:
+                name = key(f"{self.label} {what}")
+                artifact = create_progress_artifact(share, key=name, description=f"{self.label}: {what}")  # type: ignore[assignment]
+            else:
+                update_progress_artifact(artifact, progress=share)
+        if artifact is not None:
+            self.shown[what] = artifact, now
+
+
+@contextlib.contextmanager
+def progress_shown(label: str) -> Iterator[None]:
+    """Show the progress of what the task of this thread does."""
+    with task_sink(_Progress(label)):
+        yield
+
+
+def show_table(name: str, markdown: str, description: str) -> None:
+    """Leave a table with the run, under one key, so that runs can be leafed through."""
+    with contextlib.suppress(PrefectException, OSError):
+        create_markdown_artifact(markdown, key=key(name), description=description)
+
+
+def show_link(experiment_id: str, run_id: str) -> str | None:
+    """Leave a link to the MLflow run; returns it, or None where no MLflow server was named."""
+    address = os.environ.get(MLFLOW_VARIABLE)
+    if not address:
+        return None
+    link = f"{address.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
+    with contextlib.suppress(PrefectException, OSError):
+        create_link_artifact(
+            link, link_text="This run in MLflow", key="mlflow-run", description="metrics, pictures, report"
+        )
+    return link
+
+
+def results_rows(document: dict[str, Any]) -> tuple[list[str], list[Sequence[str]]]:
+    """Headers and rows of a run's results: the original, then every leaf; the columns that the run measured."""
+    wanted = {
+        "perplexity_ratio": "perplexity ratio",
+        "sts_spearman": "STS",
+        "top1_agreement": "top-1 agreement",
+        "size_ratio": "size ratio",
+        "bytes": "MB",
+        "decode_tokens_per_second": "decode tok/s",
+        "decode_speedup": "decode speed-up",
+    }
+    leaves = [artifact for artifact in document["artifacts"] if artifact["leaf"]]
+    names = [name for name in wanted if any(name in leaf["metrics"] for leaf in leaves)]
+    rows = [["original", "", *(_cell(document["original"], name) for name in names)]]
+    for leaf in leaves:
+        state = leaf["error"] or ("from the store" if leaf["cached"] else f"{leaf['seconds'] or 0:.1f} s")
+        rows.append([leaf["node"], state, *(_cell(leaf["metrics"], name) for name in names)])
+    return ["branch", "made", *(wanted[name] for name in names)], rows  # type: ignore[return-value]
+
+
+def _cell(metrics: dict[str, float], name: str) -> str:
+    value = metrics.get(name)
+    if value is None:
+        return ""
+    return f"{value / 1e6:.2f}" if name == "bytes" else f"{value:.4g}"
