@@ -54,9 +54,6 @@ class CompressParameters(Form):
     recipe: RecipeName = Field(
         "quickstart", title="Recipe", description=f"one that comes along, or `{WRITTEN}`", validate_default=True
     )
-    text: str = Field(
-        "", title="Text", max_length=100_000, description=f"a recipe as YAML; used when Recipe is `{WRITTEN}`"
-    )
     model: str = Field(
         "",
         title="Model",
@@ -84,6 +81,9 @@ class CompressParameters(Form):
     )
     samples: int | None = Field(
         None, ge=1, le=10**6, title="Calibration windows", description="windows of the calibration text"
+    )
+    text: str = Field(
+        "", title="Text", max_length=100_000, description=f"a recipe as YAML; used when Recipe is `{WRITTEN}`"
     )
     overrides: list[str] = Field(
         [], title="Overrides", max_length=100, description="any other value, such as steps.quantize.group_size=64"

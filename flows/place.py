@@ -9,6 +9,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
+POOL = "tensorpress"
+"""The work pool whose workers run the deployments."""
 STORE_VARIABLE, FOLDER_VARIABLE = "TENSORPRESS_STORE", "TENSORPRESS_FOLDER"
 
 

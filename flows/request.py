@@ -14,6 +14,7 @@ from tensorpress.errors import InputError
 from tensorpress.evaluators.catalog import MEASURES
 from tensorpress.flows.parameters import WRITTEN, CompressParameters, recipe_folder
 from tensorpress.flows.place import here
+from tensorpress.recipe import Recipe
 from tensorpress.tasks.planning import Plan, check_kernels, make_plan
 
 INSTEAD = {"tokens": "minutes", "minutes": "tokens", "keep": "bond_dimension"}
@@ -62,3 +63,17 @@ def _form_overrides(parameters: CompressParameters, text: str, folder: Path) -> 
             if INSTEAD.get(name) in recipe.steps[step]:
                 overrides.append(f"steps.{step}.{INSTEAD[name]}=null")
     return overrides
+
+
+def absolute_paths(recipe: Recipe) -> list[str]:
+    """Overrides that give every file and folder of a checked recipe its absolute path, for a run that begins elsewhere."""
+    evaluation = recipe.data.evaluation
+    named = {
+        "model.source": recipe.model.source,
+        "data.calibration.source": recipe.data.calibration.source,
+        "data.evaluation.source": evaluation.source,
+        "data.evaluation.other": evaluation.other,
+        "data.evaluation.pairs": evaluation.pairs,
+    }
+    paths = {key: Path(value).expanduser() for key, value in named.items() if value and value != "demo"}
+    return [f"{key}={path.absolute()}" for key, path in paths.items() if path.exists()]

@@ -1,7 +1,8 @@
 """Artifacts: model folders named by the digest of what made them, whole under their final name or not there at all.
 
 Store layout: `models/<digest>/` the artifacts, `evaluations/<digest>.json` what was measured, `locks/`, `scratch/<digest>/`
-checkpoints of long steps, and beside them MLflow's database and artifacts.
+checkpoints of long steps, `champions/<line>.json` the artifacts that are the best of a line of runs, and beside them MLflow's
+database and artifacts.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from transformers import PreTrainedModel
 
 from tensorpress import digest
 from tensorpress.errors import InputError, StepError
+from tensorpress.files import umask, write_whole
 from tensorpress.kernels.quantized_linear import QuantizedLinear
 from tensorpress.loading import FORMAT_VERSION, REPLACED, TensorpressConfig, layers_of
 from tensorpress.structure import DENSE, find_structure
@@ -93,7 +95,7 @@ class Store:
 
     def __init__(self, root: str | Path):
         self.root = Path(root).expanduser().absolute()
-        names = ("models", "evaluations", "locks", "scratch", "sources")
+        names = ("models", "evaluations", "locks", "scratch", "sources", "champions")
         self.folders = tuple(self.root / name for name in names)
 
     def open(self) -> Store:
@@ -126,6 +128,11 @@ class Store:
             return None
         return None if artifact.problem() else artifact
 
+    def touch(self, name: str) -> None:
+        """Note that an artifact was used just now: the time of its record is what `tensorpress clean` takes for its age."""
+        with suppress(OSError):  # a store that only others may write
+            os.utime(self.folder(name) / RECORD)
+
     def note(self, name: str, record: dict[str, Any], card: str) -> None:
         """Renew the record and the card of an artifact; its other files, and so its digests, stay as they are."""
         write_whole(self.folder(name) / CARD, card)
@@ -141,25 +148,6 @@ class Store:
     def remember(self, kind: str, name: str, value: dict[str, Any]) -> None:
         """Write `evaluations/<name>.json` or `sources/<name>.json`, whole or not at all."""
         write_whole(self.root / kind / f"{name}.json", json.dumps(value, indent=1, sort_keys=True))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file under its name only when it is complete."""
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=".part-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(part).chmod(0o666 & ~_umask())
-        Path(part).replace(path)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 class Writer:
@@ -279,7 +267,7 @@ def save_model(model: PreTrainedModel, folder: Path, stored: torch.dtype) -> Non
             layer.bias = None if layer.bias is None else layer.bias.to(stored)
         model.save_pretrained(folder, max_shard_size=SHARD)
         for path in folder.glob("*.safetensors"):
-            path.chmod(0o666 & ~_umask())
+            path.chmod(0o666 & ~umask())
     finally:
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(worked[name])

@@ -6,6 +6,7 @@ import errno
 import os
 import sys
 import warnings
+from functools import cache
 
 import typer
 
@@ -22,10 +23,12 @@ app = typer.Typer(
 )
 
 
+@cache
 def _add_verbs() -> None:
-    from tensorpress.cli import doctor, models, recipes, run, runs
+    """Once in a process, whatever number of times its `main` is called: typer would keep every one."""
+    from tensorpress.cli import doctor, models, recipes, run, runs, schedule, serve
 
-    for module in (run, recipes, models, runs, doctor):
+    for module in (run, serve, schedule, recipes, models, runs, doctor):
         module.add_to(app)
 
 

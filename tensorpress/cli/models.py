@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +40,6 @@ DtypeOption = Annotated[
 ]
 KernelsOption = Annotated[str, typer.Option("--kernels", help="`auto`, or a backend's name.")]
 
-PREFIX = re.compile(r"[0-9a-f]{6,64}")
 PLANNED = ("gguf", "compressed-tensors", "onnx")
 """Formats that export will know and does not yet."""
 
@@ -54,48 +51,6 @@ def add_to(app: typer.Typer) -> None:
     app.command("inspect")(inspect)
     app.command("generate")(generate)
     app.command("export")(export)
-
-
-def find_model(name: str, store: Path) -> Path:
-    """The folder of `demo`, a folder, a hub id, or an artifact of the store by the beginning of its digest.
-
-    Raises InputError.
-    """
-    from tensorpress.source import resolve
-
-    if PREFIX.fullmatch(name.lower()) and not Path(name).exists():
-        found = sorted(path for path in store.absolute().glob(f"models/{name.lower()}*") if path.is_dir())
-        if len(found) == 1:
-            return found[0]
-        several = ", ".join(path.name[:12] for path in found[:5])
-        raise InputError(
-            f"{name}: {f'begins several digests: {several}' if found else f'begins no digest of an artifact in {store}'}"
-        )
-    try:
-        return resolve(name)
-    except InputError as error:
-        raise InputError(*(problem.removeprefix("model.source: ") for problem in error.problems)) from None
-
-
-def check_model(name: str, store: Path) -> ModelHandle:
-    """Find a model and check it whole: the files of an artifact against its record, those of any other by what they hold.
-
-    Raises InputError. Writes at most a note of what was checked, into a store that is there.
-    """
-    from tensorpress.artifact import RECORD, Artifact, Store
-    from tensorpress.checks import check_folder
-    from tensorpress.source import ModelHandle
-    from tensorpress.tasks.planning import known_source
-
-    folder = find_model(name, store)
-    check_folder(folder)
-    if not (folder / RECORD).is_file():
-        return known_source(folder, Store(store))
-    artifact = Artifact(folder)
-    problem = artifact.problem()
-    if problem:
-        raise InputError(f"{folder}: is not whole: {problem}")
-    return ModelHandle(str(folder.resolve()), artifact.digest)
 
 
 def evaluate(
@@ -122,6 +77,7 @@ def evaluate(
     """Measure a model's quality and size, alone or against its original. What was measured before is remembered."""
     from tensorpress.checks import read_config
     from tensorpress.recipe import EvaluationSpec
+    from tensorpress.tasks.bench import check_model, check_same_kind
     from tensorpress.tasks.evaluate import measure
     from tensorpress.tasks.planning import config_kind
 
@@ -136,7 +92,7 @@ def evaluate(
     )
     _check_texts(spec, chosen, handle.folder, config)
     if original is not None:
-        _check_same_kind(config, read_config(original.folder), against or "")
+        check_same_kind(config, read_config(original.folder), against or "")
     root = original or handle
     job = {
         "measures": chosen,
@@ -179,44 +135,16 @@ def bench(
     json_file: JsonOption = None,
 ) -> None:
     """Measure the speed of prefill and decode at batch 1, in turns with the dense original if one is given."""
-    import torch
-
-    from tensorpress.checks import read_config
-    from tensorpress.evaluators.base import EvaluationData, Subject
-    from tensorpress.evaluators.speed import Speed
-    from tensorpress.loading import load
-    from tensorpress.tasks.planning import check_kernels, working_dtype
-    from tensorpress.tasks.progress import reporter
+    from tensorpress.tasks.bench import bench_model
 
     check_json_target(json_file)
-    check_kernels(kernels)
-    handle = check_model(model, store)
-    original = check_model(against, store) if against else None
-    if original is not None:
-        _check_same_kind(read_config(handle.folder), read_config(original.folder), against or "")
-    subject = load(handle.path, dtype=working_dtype(dtype), kernels=kernels)
-    _check_runs(subject, kernels)
-    control = load(original.path, dtype=working_dtype(dtype)) if original else subject
-    vocabulary = subject.config.get_text_config().vocab_size
-    ids = torch.randint(vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0))
-    data = EvaluationData(ids, 0, None, "random tokens")
-    folder = handle.folder
     with _threads(threads), progress_bars():
-        result = Speed(prompt, tokens, repeats, math.inf).evaluate(
-            Subject(subject, lambda: control, folder, original.folder if original else folder, original is None),
-            data,
-            reporter("bench"),
-        )
-    shape = {"dataset": data.name, "tokens": prompt + tokens, "window": prompt}
-    metrics, conditions = result.metrics, {**shape, "dtype": result.conditions["speed_dtype"], **result.conditions}
-    if original is None:
-        metrics = {k: v for k, v in metrics.items() if not _compares(k)}
-        conditions = {k: v for k, v in conditions.items() if not k.startswith("original_")}
+        answer = bench_model(model, against, prompt, tokens, repeats, kernels, dtype, store)
+    metrics, conditions = answer["metrics"], answer["conditions"]
     _show_figures({model: metrics}, conditions)
-    if original is None:
+    if against is None:
         console.print("[dim]no dense control: give the original with --against for speedups[/]")
-    answer = {"model": model, "metrics": metrics, "conditions": conditions}
-    write_json(json_file, {**answer, **({"against": against} if against else {})})
+    write_json(json_file, answer)
 
 
 def inspect(
@@ -227,6 +155,7 @@ def inspect(
 ) -> int | None:
     """Show what a model is made of: blocks and layers, its size, the steps that made it, and whether its files are whole."""
     from tensorpress.cli.structure import describe, show
+    from tensorpress.tasks.bench import find_model
 
     check_json_target(json_file)
     found = describe(find_model(model, store))
@@ -251,6 +180,7 @@ def generate(
     from tensorpress.evaluators.perplexity import position_limit
     from tensorpress.loading import load
     from tensorpress.source import read_tokenizer
+    from tensorpress.tasks.bench import check_model, check_runs
     from tensorpress.tasks.planning import check_kernels, config_kind
 
     check_kernels(kernels)
@@ -262,7 +192,7 @@ def generate(
     if encoded.shape[1] == 0:
         raise InputError("TEXT: is empty; give the model something to go on from")
     opened = load(handle.path, kernels=kernels)
-    _check_runs(opened, kernels)
+    check_runs(opened, kernels)
     limit = position_limit(opened)
     if encoded.shape[1] + tokens > limit:
         raise InputError(f"--tokens {tokens}: the text has {encoded.shape[1]} tokens, and {model} takes {limit} in all")
@@ -295,6 +225,7 @@ def export(
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Write a model in a format that other programs read."""
+    from tensorpress.tasks.bench import check_model
     from tensorpress.tasks.export import FORMATS
     from tensorpress.tasks.export import export as write
 
@@ -358,28 +289,6 @@ def _check_texts(spec: Any, measures: list[str], folder: Path, config: Pretraine
             raise InputError(*(p.replace("data.evaluation.pairs", "--pairs") for p in error.problems)) from None
 
 
-def _check_same_kind(config: PretrainedConfig, original: PretrainedConfig, name: str) -> None:
-    """Refuse an original that cannot be the one: another kind of model, or another vocabulary."""
-    from tensorpress.tasks.planning import config_kind
-
-    sizes = [c.get_text_config().vocab_size for c in (config, original)]
-    if config_kind(config) != config_kind(original) or sizes[0] != sizes[1]:
-        raise InputError(
-            f"--against {name}: is not its original: one is a {config_kind(config)} model of {sizes[0]} tokens, "
-            f"the other a {config_kind(original)} model of {sizes[1]}"
-        )
-
-
-def _check_runs(model: Any, kernels: str) -> None:
-    """Refuse a backend that cannot run a layer of the model."""
-    from tensorpress.kernels import registry
-
-    try:
-        registry.names_in_use(model)
-    except ValueError as error:
-        raise InputError(f"--kernels {kernels}: {str(error).splitlines()[0]}") from None
-
-
 def _from_demo(handle: ModelHandle, store: Path) -> bool:
     """Whether a model is the demo model or was made of it."""
     from tensorpress.artifact import RECORD, Artifact, Store
@@ -392,19 +301,15 @@ def _from_demo(handle: ModelHandle, store: Path) -> bool:
     return bool(root == known_source(demo_folder(), Store(store)).digest)
 
 
-def _compares(key: str) -> bool:
-    """Whether a metric sets a model beside its original."""
-    return key.startswith(("original_", "perplexity_ratio")) or key.endswith("_speedup")
-
-
 def _alone(
     metrics: dict[str, float], conditions: dict[str, Any], config: PretrainedConfig
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """What holds of a model without its original; sizes are set beside the dense model that its config describes."""
     from tensorpress.cli.structure import dense_parameters
+    from tensorpress.tasks.bench import compares
 
-    metrics = {key: value for key, value in metrics.items() if not _compares(key)}
-    conditions = {key: value for key, value in conditions.items() if not _compares(key)}
+    metrics = {key: value for key, value in metrics.items() if not compares(key)}
+    conditions = {key: value for key, value in conditions.items() if not compares(key)}
     if "weight_bytes" in metrics:
         parameters = dense_parameters(config)
         metrics["bits_per_parameter"] = 8 * metrics["weight_bytes"] / parameters

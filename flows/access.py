@@ -1,0 +1,57 @@
+"""The token of a store's servers: made once, kept in a file that only its owner can read, sent with every request."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+import httpx
+
+USER = "tensorpress"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def serve_folder(store: Path) -> Path:
+    """Folder of what a store's servers keep to themselves, open to its owner alone."""
+    folder = store / "serve"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    return folder
+
+
+def read_token(store: Path) -> str | None:
+    """The token of the store's servers; None where none was made or it is somebody else's."""
+    try:
+        return (store / "serve" / "token").read_text(encoding="ascii").strip() or None
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def make_token(store: Path) -> tuple[str, bool]:
+    """The token of the store's servers, and whether it was made just now."""
+    known = read_token(store)
+    if known:
+        return known, False
+    made = secrets.token_urlsafe(24)
+    path = serve_folder(store) / "token"
+    path.unlink(missing_ok=True)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(handle, "w", encoding="ascii") as file:
+        file.write(made + "\n")
+    return made, True
+
+
+def credentials(token: str) -> str:
+    """User and token as Prefect's settings take them."""
+    return f"{USER}:{token}"
+
+
+def lets_in(address: str, auth: str | None, seconds: float = 2.0) -> bool:
+    """Whether the Prefect API at `address` takes these credentials (`user:token`, or None where it asks for none)."""
+    pair = tuple(auth.split(":", 1)) if auth and ":" in auth else None
+    try:
+        answer = httpx.get(f"{address}/admin/version", auth=pair, timeout=seconds, trust_env=False)  # type: ignore[arg-type]
+    except (httpx.HTTPError, ValueError, OSError):
+        return False
+    return answer.status_code == 200
