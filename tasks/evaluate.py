@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-import platform
 import time
-from collections.abc import Callable
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
-import torch
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from transformers import PreTrainedModel
 
-from tensorpress import digest
 from tensorpress.artifact import Artifact, Store
-from tensorpress.evaluators.base import EvaluationData, Subject
-from tensorpress.evaluators.catalog import MEASURES, relative_metrics
-from tensorpress.evaluators.data import evaluation_data
-from tensorpress.kernels import registry
-from tensorpress.loading import load, use_kernels, use_quick_kernels
-from tensorpress.source import read_tokenizer
 from tensorpress.tasks.card import card_of
-from tensorpress.tasks.planning import evaluation_fingerprint, working_dtype
-from tensorpress.tasks.progress import reporter
+from tensorpress.tasks.measuring import measure, measure_within
 from tensorpress.tasks.show import progress_shown
 from tensorpress.tasks.step import use_threads
 from tensorpress.tasks.tracking import Tracker
-from tensorpress.text import read_text
 
 
 @task(name="evaluate", task_run_name="evaluate {label}", cache_policy=NO_CACHE, persist_result=False)
@@ -49,7 +34,7 @@ def run_evaluation(
     run_id = subject.get("run_id")
     try:
         with progress_shown(f"evaluate {label}"):
-            result = measure(job, subject, original, subject.get("node", "original"))
+            result = measure_within(job, subject, original, subject.get("node", "original"))
     except BaseException as error:
         if run_id:
             tracker.fail(run_id, error)
@@ -63,115 +48,6 @@ def run_evaluation(
             record = {**Artifact(store.folder(subject["digest"])).record, "metrics": result["metrics"]}
             store.note(subject["digest"], record, card_of(record))
     return {**result, "work_seconds": time.monotonic() - start}
-
-
-def measure(
-    job: dict[str, Any], subject: dict[str, Any], original: dict[str, Any] | None, label: str
-) -> dict[str, Any]:
-    """Apply the measures named in `job["measures"]` to a model folder; see `run_evaluation`."""
-    start = time.monotonic()
-    store = Store(job["store"]).open()
-    session = _Session(job, subject, is_original=original is None, label=label)
-    metrics: dict[str, float] = {}
-    conditions: dict[str, Any] = {}
-    texts: dict[str, str] = {}
-    cached = True
-    general: dict[str, Any] = {"dtype": job["dtype"]}
-    for name in job["measures"]:
-        key = _key(name, job, subject)
-        with store.lock(f"evaluation-{key}"):
-            found = store.evaluation(key)
-            if found is None:
-                cached = False
-                session.set_kernels(timed=MEASURES[name].timed)
-                measured = MEASURES[name]().evaluate(session.subject, session.data, reporter(label))
-                found = {"metrics": measured.metrics, "conditions": measured.conditions, "texts": measured.texts}
-                found["general"] = {"threads": torch.get_num_threads()}
-                if not MEASURES[name].timed:
-                    found["general"]["kernels"] = registry.names_in_use(session.subject.model)
-                store.remember("evaluations", key, found)
-        metrics.update(found["metrics"])
-        conditions.update(found["conditions"])
-        general.update(found["general"])
-        texts.update(found["texts"])
-    if "kernels" in conditions:  # those of the measure that is timed
-        general["quality_kernels"] = general.pop("kernels", {})
-    conditions = {**general, **conditions}
-    if original is not None:
-        metrics.update(relative_metrics(metrics, original["metrics"]))
-    else:
-        metrics.update(relative_metrics(metrics, metrics))
-    return {
-        "metrics": metrics,
-        "conditions": conditions,
-        "texts": texts,
-        "seconds": round(time.monotonic() - start, 3),
-        "cached": cached,
-    }
-
-
-class _Session:
-    """The model under test and its data, loaded when the first measure that was not remembered asks for them."""
-
-    def __init__(self, job: dict[str, Any], subject: dict[str, Any], is_original: bool, label: str):
-        self.job, self.folder, self.is_original = job, Path(subject["path"]), is_original
-        self._subject: Subject | None = None
-        self._data: EvaluationData | None = None
-
-    @property
-    def subject(self) -> Subject:
-        if self._subject is None:
-            model = load(self.folder, dtype=working_dtype(self.job["dtype"]))
-            root = Path(self.job["root"]["path"])
-            self._subject = Subject(model, self._original(model), self.folder, root, self.is_original)
-        return self._subject
-
-    def set_kernels(self, timed: bool) -> None:
-        """Speed is measured with the kernels that were asked for; the other measures take what is quick."""
-        if timed:
-            use_kernels(self.subject.model, self.job.get("kernels", "auto"))
-        else:
-            use_quick_kernels(self.subject.model)
-
-    @property
-    def data(self) -> EvaluationData:
-        if self._data is None:
-            self._data = evaluation_data(
-                self.job["evaluation"], self.job["measures"], self.job["demo"], read_tokenizer(self.folder)
-            )
-        return self._data
-
-    def _original(self, model: PreTrainedModel) -> Callable[[], PreTrainedModel]:
-        if self.is_original:
-            return lambda: model
-        return lru_cache(maxsize=1)(lambda: load(self.job["root"]["path"], dtype=working_dtype(self.job["dtype"])))
-
-
-def _key(name: str, job: dict[str, Any], subject: dict[str, Any]) -> str:
-    spec = job["evaluation"]
-    texts = {}
-    if name in ("perplexity", "fidelity", "generation"):
-        texts["text"] = read_text(spec["source"], spec["split"], "data.evaluation.source").digest
-        if spec["other"]:
-            texts["other"] = read_text(spec["other"], "other", "data.evaluation.other").digest
-    if name == "sts":
-        texts["pairs"] = digest.of_file(Path(spec["pairs"]).expanduser())
-    machine = (
-        [platform.node(), platform.processor(), torch.get_num_threads(), job.get("kernels")]
-        if MEASURES[name].timed
-        else None
-    )
-    return digest.of_json(
-        {
-            "measure": name,
-            "subject": subject["digest"],
-            "root": job["root"]["digest"],
-            "data": [texts, spec["samples"], spec["length"], job["demo"]],
-            "dtype": job["dtype"],
-            "machine": machine,
-            "code": evaluation_fingerprint(),
-        }
-    )[:32]
 
 
 __all__ = ["measure", "run_evaluation"]

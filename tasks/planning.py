@@ -50,6 +50,8 @@ class Job:
     recipe_yaml: str = ""
     threads: int = 0
     """Threads of torch that the step may use; 0: as the process has them."""
+    limits: dict[str, float | None] = field(default_factory=dict)
+    """`seconds` and `memory` (GiB) that the step may take; see `tensorpress.recipe.Limits`."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -192,7 +194,7 @@ def _job(
     handle = {"path": root.path, "digest": root.digest, "source": source, "name": Path(source).name}
     return Job(
         node.id, node.step, node.branch, node.parent, method.use, config, name, parent_digest, handle, data, recipe.seed,
-        recipe.model.dtype, str(store.root), chain, text,
+        recipe.model.dtype, str(store.root), chain, text, limits=recipe.limits.model_dump(),
     )  # fmt: skip
 
 

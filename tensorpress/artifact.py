@@ -13,6 +13,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -29,11 +31,12 @@ from tensorpress import digest
 from tensorpress.errors import InputError, StepError
 from tensorpress.files import umask, write_whole
 from tensorpress.kernels.quantized_linear import QuantizedLinear
+from tensorpress.lease import Lease, lease_seconds
 from tensorpress.loading import FORMAT_VERSION, REPLACED, TensorpressConfig, layers_of
+from tensorpress.remote import CARD, RECORD, remote_here
 from tensorpress.structure import DENSE, find_structure
 
-RECORD = "tensorpress.json"
-CARD = "README.md"
+PROBE = ".probe"
 SHARD = "4GB"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 """Largest difference of logits between the model in memory and the folder opened in a fresh process."""
@@ -90,16 +93,28 @@ def _known_digest(path: Path) -> str:
     return _digests[key]
 
 
+EVALUATION = ("metrics", "conditions", "general", "texts")
+"""Parts that a remembered measurement from another machine must have."""
+
+
 class Store:
-    """The folder that holds artifacts and measurements (`mlruns` by default)."""
+    """The folder that holds artifacts and measurements (`mlruns` by default).
+
+    Where the environment names a remote (see `tensorpress.remote`), machines share it: what they make is published there, and
+    what the folder has not is fetched from there. The first use of a remote that cannot be used raises InputError; one that
+    stops answering, StepError.
+    """
 
     def __init__(self, root: str | Path):
         self.root = Path(root).expanduser().absolute()
         names = ("models", "evaluations", "locks", "scratch", "sources", "champions")
         self.folders = tuple(self.root / name for name in names)
+        self.remote = remote_here()
+        self._lease_seconds = lease_seconds()
+        self._leases: dict[tuple[int, str], Lease] = {}
 
     def open(self) -> Store:
-        """Create the folders. Raises InputError when the place cannot be written."""
+        """Create the folders. Raises InputError when the place cannot be written or its remote cannot be used."""
         try:
             for folder in self.folders:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -107,6 +122,8 @@ class Store:
                 pass
         except OSError as error:
             raise InputError(f"store: {self.root} cannot be written: {error.strerror or error}") from None
+        if self.remote is not None:
+            self.remote.open()
         return self
 
     def folder(self, name: str) -> Path:
@@ -117,16 +134,114 @@ class Store:
 
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
-        """Hold the lock of one digest; it goes with the process that holds it, however that ends."""
+        """Hold the lock of one digest; it goes with the process that holds it, however that ends.
+
+        It keeps out this machine's processes. Those of other machines are kept out, by a lease, from the moment that `artifact` or
+        `evaluation` finds nothing and it has to be made: what is there already costs no lease.
+        """
         with FileLock(self.root / "locks" / f"{name}.lock"):
-            yield
+            if self.remote is None:
+                yield
+                return
+            key = threading.get_ident(), name
+            lease = self._leases[key] = Lease(self.remote, name, self._place(), self._lease_seconds)
+            try:
+                yield
+            finally:
+                del self._leases[key]
+                lease.release()
+
+    def _place(self) -> str:
+        """What names this folder among those of all machines, as long as the machine is up."""
+        try:
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+        except OSError:  # not Linux
+            boot = uuid.uuid4().hex
+        status = (self.root / "locks").stat()
+        return digest.of_json([boot, status.st_dev, status.st_ino])[:32]
+
+    def _lease(self, name: str) -> Lease | None:
+        """The lease that goes with a lock, if this thread holds that."""
+        return self._leases.get((threading.get_ident(), name))
+
+    def part(self, name: str) -> Path:
+        """Where an artifact is written before it has its name."""
+        return self.root / "models" / f".part-{name}"
+
+    def drop_part(self, name: str) -> None:
+        """Remove what a process that is gone had begun to write; whoever calls this holds the lock."""
+        shutil.rmtree(self.part(name), ignore_errors=True)
+        with suppress(OSError):
+            self.part(name).with_suffix(PROBE).unlink()
+
+    @contextmanager
+    def lock_if_free(self, name: str) -> Iterator[bool]:
+        """Hold the lock of one digest if nobody does; yields whether it is held now."""
+        lock = FileLock(self.root / "locks" / f"{name}.lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
 
     def artifact(self, name: str) -> Artifact | None:
-        """The artifact of a digest if it is there and whole."""
+        """The artifact of a digest if it is there and whole; fetched if it is whole in the remote.
+
+        None to one who holds its lock means that nobody else makes it: no machine that shares the remote.
+        """
+        artifact, lease = self._whole(name), self._lease(name)
+        if artifact is not None or self.remote is None:
+            return artifact
+        artifact = self._fetch(name)
+        if artifact is None and lease is not None:
+            lease.hold()
+            artifact = self._fetch(name)  # another one may have made it while we waited
+        return artifact
+
+    def _whole(self, name: str) -> Artifact | None:
         artifact = Artifact(self.folder(name))
-        if not artifact.folder.is_dir():
+        return artifact if artifact.folder.is_dir() and not artifact.problem() else None
+
+    def _fetch(self, name: str) -> Artifact | None:
+        if self.remote is None or self.remote.record(name) is None:
             return None
-        return None if artifact.problem() else artifact
+        if self._lease(name) is None:  # another process here may be fetching it
+            with self.lock(name):
+                return self._whole(name) or self._fetch(name)
+        try:
+            self.drop_part(name)
+            fetched = self.remote.fetch(name, self.part(name))
+            return self.put_in_place(name) if fetched else None
+        finally:
+            self.drop_part(name)
+
+    def put_in_place(self, name: str) -> Artifact:
+        """Give what was written beside its place its name, over a damaged one; it is on the disk then."""
+        part, final = self.part(name), self.folder(name)
+        for path in part.iterdir():
+            _sync(path)
+        if final.exists():
+            shutil.rmtree(final)
+        part.rename(final)
+        _sync(final.parent)
+        return Artifact(final)
+
+    def publish(self, name: str, made: bool = False) -> None:
+        """Send an artifact to the remote if there is one and it has none; whoever calls this holds the lock.
+
+        One that was `made` just now replaces one that could not be used there, unless another machine has published meanwhile
+        because it took us for dead. Raises StepError when the remote fails; the artifact stays in the folder.
+        """
+        lease = self._lease(name)
+        if self.remote is None or lease is None or not (made or self.remote.record(name) is None):
+            return
+        self.remote.upload(name, self.folder(name))
+        if (lease.hold() and made) or self.remote.record(name) is None:
+            self.remote.commit(name, self.folder(name))
 
     def touch(self, name: str) -> None:
         """Note that an artifact was used just now: the time of its record is what `tensorpress clean` takes for its age."""
@@ -137,17 +252,39 @@ class Store:
         """Renew the record and the card of an artifact; its other files, and so its digests, stay as they are."""
         write_whole(self.folder(name) / CARD, card)
         write_whole(self.folder(name) / RECORD, json.dumps(record, indent=1))
+        if self.remote is not None:
+            self.remote.renew(name, self.folder(name))
 
     def evaluation(self, name: str) -> dict[str, Any] | None:
-        """A remembered measurement, or None."""
+        """A remembered measurement, or None; to one who holds its lock (`evaluation-<name>`): nobody else measures it."""
         try:
             return json.loads((self.root / "evaluations" / f"{name}.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
+            pass
+        found, lease = self._shared_evaluation(name), self._lease(f"evaluation-{name}")
+        if found is None and lease is not None:
+            lease.hold()
+            found = self._shared_evaluation(name)
+        return found
+
+    def _shared_evaluation(self, name: str) -> dict[str, Any] | None:
+        content = None if self.remote is None else self.remote.read(f"evaluations/{name}.json")
+        try:
+            found = json.loads(content or b"{}")
+            usable = all(isinstance(found[part], dict) for part in EVALUATION)
+        except (ValueError, KeyError, TypeError, RecursionError):
             return None
+        if not usable:
+            return None
+        write_whole(self.root / "evaluations" / f"{name}.json", json.dumps(found, indent=1, sort_keys=True))
+        return dict(found)
 
     def remember(self, kind: str, name: str, value: dict[str, Any]) -> None:
-        """Write `evaluations/<name>.json` or `sources/<name>.json`, whole or not at all."""
-        write_whole(self.root / kind / f"{name}.json", json.dumps(value, indent=1, sort_keys=True))
+        """Write `evaluations/<name>.json` or `sources/<name>.json`, whole or not at all. Measurements are shared."""
+        text = json.dumps(value, indent=1, sort_keys=True)
+        write_whole(self.root / kind / f"{name}.json", text)
+        if self.remote is not None and kind == "evaluations":
+            self.remote.write(f"{kind}/{name}.json", text.encode())
 
 
 class Writer:
@@ -158,7 +295,7 @@ class Writer:
 
     def __init__(self, store: Store, name: str):
         self.store, self.name = store, name
-        self.part = store.root / "models" / f".part-{name}"
+        self.part = store.part(name)
         self.checker = subprocess.Popen(
             [sys.executable, "-m", "tensorpress.fresh"],
             stdin=subprocess.PIPE,
@@ -199,21 +336,14 @@ class Writer:
         full = {"format_version": FORMAT_VERSION, "digest": self.name, **record, "files": files}
         (self.part / RECORD).write_text(json.dumps(full, indent=1), encoding="utf-8")
         (self.part / CARD).write_text(card, encoding="utf-8")
-        for path in self.part.iterdir():
-            _sync(path)
-        final = self.store.folder(self.name)
-        if final.exists():  # damaged: it was not taken as a hit
-            shutil.rmtree(final)
-        self.part.rename(final)
-        _sync(final.parent)
-        return Artifact(final)
+        return self.store.put_in_place(self.name)
 
     def _check(self, model: PreTrainedModel) -> None:
         ids = probe_ids(model)
         with torch.no_grad():
             output = model(input_ids=ids)[0].float().contiguous()
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-        probe = self.part.with_suffix(".probe")
+        probe = self.part.with_suffix(PROBE)
         save_file({"ids": ids, "output": output}, probe)
         request = {
             "folder": str(self.part),

@@ -85,6 +85,13 @@ class EvaluateSpec(Part):
     at: Literal["leaves", "steps"] = "leaves"
 
 
+class Limits(Part):
+    """Hard limits of each step and of each measurement: what goes over one is stopped, and fails. Not part of digests."""
+
+    seconds: float | None = Field(None, ge=1, le=30 * 86_400, description="wall time in seconds")
+    memory: float | None = Field(None, ge=0.1, le=65_536, description="memory of the process, in GiB")
+
+
 class Method(BaseModel):
     """Configuration of a method; the methods themselves derive from it (`compressors.base.Compressor`)."""
 
@@ -119,6 +126,7 @@ class Recipe(Part):
     steps: dict[str, dict[str, Any]] = Field(min_length=1)
     evaluate: EvaluateSpec = EvaluateSpec()
     gates: dict[str, Gate] = {}
+    limits: Limits = Limits()
 
     @field_validator("evaluate", mode="before")
     @classmethod
