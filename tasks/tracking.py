@@ -24,13 +24,15 @@ import psutil
 from filelock import FileLock
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param, RunTag
+from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 from tensorpress import digest
 from tensorpress.errors import InputError
 from tensorpress.recipe import Recipe
+from tensorpress.tasks.entries import link_dataset, link_model, local_artifacts, step_params, summary_metrics
 from tensorpress.tasks.planning import Job, Plan
+from tensorpress.tasks.rebuild import DATABASE, FACTS, check_whole, is_lost, rebuild
 from tensorpress.text import read_text
 
 for _name in ("mlflow", "alembic"):
@@ -42,17 +44,36 @@ LONGEST = 5000
 
 def tracking_uri(store: Path) -> str:
     """The address of the store's own database, absolute; `MLFLOW_TRACKING_URI` overrides it."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store.absolute() / 'mlflow.db'}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or own_database(store)
+
+
+def own_database(store: Path) -> str:
+    """The address of the database in a store."""
+    return f"sqlite:///{store.absolute() / DATABASE}"
+
+
+def has_runs(store: Path) -> bool:
+    """Whether there is a database of a store's runs, or what it can be made from; a server is not asked."""
+    uri = tracking_uri(store)
+    there = not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).is_file()
+    return there or (uri == own_database(store) and is_lost(store))
 
 
 def open_client(store: Path) -> MlflowClient:
-    """A client of the store's database, which is made first, under a lock, where it does not exist."""
+    """A client of the store's database, which is made first, under a lock, where it does not exist.
+
+    One that is lost is made again from the documents of the runs. Raises InputError for one that is damaged.
+    """
     os.environ.pop("MLFLOW_RUN_ID", None)
     uri = tracking_uri(store)
     if not uri.startswith("sqlite:"):
         return MlflowClient(uri)
     store.mkdir(parents=True, exist_ok=True)
     with FileLock(store / "mlflow.lock"):
+        if uri == own_database(store):
+            check_whole(store.absolute() / DATABASE)
+            if is_lost(store):
+                rebuild(store.absolute())
         client = MlflowClient(uri)
         client.search_experiments(max_results=1)
     return client
@@ -89,8 +110,10 @@ class Tracker:
         run = client.create_run(experiment, tags=tags, run_name=plan.recipe.name)
         handle = {"store": str(store), "experiment_id": experiment, "run_id": run.info.run_id, "data": json.dumps(data)}
         tracker = cls(handle)
-        tracker._dataset(run.info.run_id)
-        client.log_text(run.info.run_id, plan.recipe_yaml, "recipe.yaml")
+        link_dataset(client, run.info.run_id, data)
+        tracker.text(plan.recipe_yaml, "recipe.yaml")
+        facts = {"experiment": name, "data": data, "tags": tags, "start_time": run.info.start_time}
+        tracker.text(json.dumps(facts, indent=1), FACTS)
         return tracker
 
     def start_step(self, job: Job) -> str:
@@ -103,27 +126,18 @@ class Tracker:
             "tensorpress.parent_node": job.parent,
         }
         run = self.client.create_run(self.handle["experiment_id"], tags=tags, run_name=job.node)
-        self._dataset(run.info.run_id)
-        params = {"step": job.step, "method": job.use, "branch": job.branch or "-"}
-        params |= {
-            f"{job.use}.{key}": _short(value) for key, value in job.config.items() if key != "use" and value is not None
-        }
-        self.client.log_batch(run.info.run_id, params=[Param(k, str(v)) for k, v in params.items()])
+        link_dataset(self.client, run.info.run_id, json.loads(self.handle["data"]))
+        self.client.log_batch(run.info.run_id, params=step_params(job.step, job.use, job.branch, job.config))
         return str(run.info.run_id)
 
     def step_done(self, run_id: str, job: Job, result: dict[str, Any]) -> None:
         """Record the artifact of a step by reference, its report, and its time."""
-        self._metrics(run_id, {"step_seconds": result["seconds"]})
-        summary = {
-            k: v
-            for k, v in result["report"]["summary"].items()
-            if isinstance(v, (int, float)) and not isinstance(v, bool)
-        }
-        self._metrics(run_id, {f"{job.use}.{k}": v for k, v in summary.items()})
+        self._metrics(run_id, {"step_seconds": result["seconds"], **summary_metrics(job.use, result["report"])})
         self._tags(run_id, {"tensorpress.path": result["path"], "tensorpress.cached": result["cached"]})
         self.client.log_text(run_id, json.dumps(result["report"], indent=1), "report.json")
-        model_id = self._model(run_id, job, result["path"])
-        self.client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
+        node = {"step": job.step, "use": job.use, "digest": job.digest}
+        experiment = self.handle["experiment_id"]
+        model_id = link_model(self.client, experiment, run_id, node, result["path"], job.parent_digest)
         self._tags(run_id, {"tensorpress.model_id": model_id})
 
     def measured(self, run_id: str, result: dict[str, Any], prefix: str | None) -> None:
@@ -163,38 +177,6 @@ class Tracker:
         self._tags(self.handle["run_id"], tags)
         self.client.set_terminated(self.handle["run_id"], "FAILED" if verdict == "FAILED" else "FINISHED")
 
-    def _model(self, run_id: str, job: Job, path: str) -> str:
-        """The id of the artifact's LoggedModel: one for each artifact and experiment, however many runs find it."""
-        experiment = self.handle["experiment_id"]
-        known = self.client.search_logged_models([experiment], filter_string=f"tags.digest = '{job.digest}'")
-        same = next((model for model in known if model.tags.get("path") == path), None)
-        if same is not None:
-            return str(same.model_id)
-        model = self.client.create_logged_model(
-            experiment,
-            name=f"{job.step}-{job.digest[:8]}",
-            source_run_id=run_id,
-            tags={
-                "path": path,
-                "digest": job.digest,
-                "parent": job.parent_digest,
-                "weights": "by reference",
-                "mlflow.model.isExternal": "true",
-            },
-            params={"method": job.use},
-            model_type="tensorpress",
-        )
-        self.client.finalize_logged_model(model.model_id, "READY")
-        return str(model.model_id)
-
-    def _dataset(self, run_id: str) -> None:
-        """Link the evaluation text to a run."""
-        data = json.loads(self.handle["data"])
-        if not data:
-            return
-        dataset = Dataset(data["name"], data["digest"], "local", json.dumps({"uri": data["source"]}))
-        self.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "evaluation")])])
-
     def _metrics(self, run_id: str, metrics: Mapping[str, float], model_id: str | None = None) -> None:
         now = int(time.time() * 1000)
         rows = [Metric(k, float(v), now, 0, model_id=model_id) for k, v in metrics.items() if v is not None]
@@ -221,6 +203,24 @@ def _measured_on(recipe: Recipe) -> dict[str, str]:
         pairs = Path(spec.pairs).expanduser()
         return {"name": pairs.name, "digest": digest.of_file(pairs)[:16], "source": spec.pairs}
     return {}
+
+
+def track_benchmark(store: Path, answer: Mapping[str, Any], flow_run_id: str) -> tuple[str, str]:
+    """Keep what `bench` measured as a run of its own; returns the ids of its experiment and of the run."""
+    client = _client(store)
+    experiment = _experiment(client, "speed", store)
+    name = f"{answer['model']}{' beside ' + answer['against'] if 'against' in answer else ''}"
+    tags = {"tensorpress.flow_run_id": flow_run_id, "tensorpress.digest": answer["digest"], "mlflow.source.type": "JOB"}
+    run = client.create_run(experiment, tags=tags, run_name=name[:200])
+    now = int(time.time() * 1000)
+    client.log_batch(
+        run.info.run_id,
+        metrics=[Metric(key, float(value), now, 0) for key, value in answer["metrics"].items()],
+        params=[Param(key, str(value)[:LONGEST]) for key, value in answer["conditions"].items()],
+    )
+    client.log_text(run.info.run_id, json.dumps(answer, indent=1, default=str), "bench.json")
+    client.set_terminated(run.info.run_id, "FINISHED")
+    return experiment, str(run.info.run_id)
 
 
 def close_dead_runs(client: MlflowClient) -> None:
@@ -257,7 +257,7 @@ def _kill(client: MlflowClient, parent: Any) -> None:
 
 def read_run(store: Path, run_id: str) -> dict[str, Any]:
     """The run document of a parent run. Raises InputError when there is no such run or it has none."""
-    client = MlflowClient(tracking_uri(store))
+    client = _client(store)
     run = find_run(client, run_id)
     path = run.data.tags.get("mlflow.parentRunId")
     run_id = path or run.info.run_id
@@ -308,10 +308,5 @@ def _experiment(client: MlflowClient, name: str, store: Path) -> str:
             if found.lifecycle_stage == "deleted":  # in MLflow's pages, say
                 client.restore_experiment(found.experiment_id)
             return str(found.experiment_id)
-        location = (store.absolute() / "artifacts").as_uri()
         local = tracking_uri(store).startswith("sqlite:")
-        return str(client.create_experiment(name, artifact_location=location if local else None))
-
-
-def _short(value: Any) -> Any:
-    return ", ".join(str(v) for v in value) if isinstance(value, (list, tuple)) else value
+        return str(client.create_experiment(name, artifact_location=local_artifacts(store) if local else None))

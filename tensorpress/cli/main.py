@@ -26,9 +26,9 @@ app = typer.Typer(
 @cache
 def _add_verbs() -> None:
     """Once in a process, whatever number of times its `main` is called: typer would keep every one."""
-    from tensorpress.cli import doctor, models, recipes, run, runs, schedule, serve
+    from tensorpress.cli import clean, doctor, models, recipes, run, runs, schedule, serve
 
-    for module in (run, serve, schedule, recipes, models, runs, doctor):
+    for module in (run, serve, schedule, recipes, models, runs, clean, doctor):
         module.add_to(app)
 
 

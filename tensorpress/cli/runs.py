@@ -25,10 +25,9 @@ def add_to(app: typer.Typer) -> None:
 
 def read_runs(names: Sequence[str], store: Path) -> list[dict[str, Any]]:
     """The run documents of runs. Raises InputError; a store that has no database is not given one."""
-    from tensorpress.tasks.tracking import read_run, tracking_uri
+    from tensorpress.tasks.tracking import has_runs, read_run
 
-    uri = tracking_uri(store)
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+    if not has_runs(store):
         raise InputError(
             f"store: {store} has no tracking database: no recipe was run with it; name another with --store"
         )
