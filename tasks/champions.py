@@ -57,9 +57,10 @@ def decide(
         changes = compare(found, before, tolerance, speed_tolerance) if before else []
         worse = [change.says for change in changes if change.verdict == "worse"]
         if before and before["digest"] == found["digest"]:
-            after = _measured_again(store, before, found) if promote_it else before
+            if promote_it:
+                before = _followed(client, store, _measured_again(store, before, found), found["run_id"])
             says = [f"{_named(found)} is the champion already", *worse]
-            return Decision("unchanged", line, after, found, changes, says)
+            return Decision("unchanged", line, before, found, changes, says)
         if worse and before:
             says = [f"{_named(before)} stays the champion: {_named(found)} is worse in {len(worse)} metrics", *worse]
             return Decision("worse", line, before, found, changes, says)
@@ -96,12 +97,9 @@ def promote(
 
 def restore(client: MlflowClient, store: Store) -> None:
     """Give every champion its version and alias in a registry that lost them."""
-    for champion in champions(store):
-        with store.lock(LOCK):
-            version = str(_version(client, champion["line"], champion, None).version)
-            client.set_registered_model_alias(champion["line"], ALIAS, version)
-            if version != champion["version"]:
-                _write(store, {**champion, "version": version})
+    with store.lock(LOCK):
+        for champion in champions(store):
+            _followed(client, store, champion, None)
 
 
 def champions(store: Store) -> Iterator[dict[str, Any]]:
@@ -124,7 +122,7 @@ def line_of(client: MlflowClient, document: Mapping[str, Any]) -> str:
     run = client.get_run(document["mlflow_run_id"])
     recipe = document["recipe"]
     spec = recipe.get("data", {}).get("evaluation", {})
-    texts = sorted(item.dataset.digest for item in run.inputs.dataset_inputs)
+    texts = sorted(item.dataset.digest for item in (run.inputs.dataset_inputs if run.inputs else []))
     what = [document["original_digest"], texts, spec.get("samples"), spec.get("length")]
     source = Path(recipe.get("model", {}).get("source", "demo")).name
     base = re.sub(r"[^A-Za-z0-9._-]+", "-", source)[:60]
@@ -152,6 +150,16 @@ def _promote(
         }
         _write(store, champion)
     client.set_registered_model_alias(line, ALIAS, champion["version"])
+    return champion
+
+
+def _followed(client: MlflowClient, store: Store, champion: dict[str, Any], run_id: str | None) -> dict[str, Any]:
+    """Bring the registry to where the champion's file is: a process may have died between the two. Returns the champion."""
+    version = str(_version(client, champion["line"], champion, run_id).version)
+    client.set_registered_model_alias(champion["line"], ALIAS, version)
+    if version != champion["version"]:
+        champion = {**champion, "version": version}
+        _write(store, champion)
     return champion
 
 

@@ -10,6 +10,11 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Param
 
+LONGEST = 5000
+"""Characters of a tag's or a parameter's value that are kept."""
+BENCHMARKS = "speed"
+"""The experiment of benchmarks."""
+
 
 def local_artifacts(store: Path) -> str:
     """The address of the folder in which a store's own database keeps the files of its runs."""
@@ -30,6 +35,17 @@ def summary_metrics(use: str, report: Mapping[str, Any]) -> dict[str, float]:
         for key, value in report["summary"].items()
         if isinstance(value, (int, float)) and not isinstance(value, bool)
     }
+
+
+def benchmark_entries(answer: Mapping[str, Any]) -> tuple[str, dict[str, str], list[Param]]:
+    """Name, tags and parameters of the run of a benchmark's answer."""
+    name = f"{answer['model']}{' beside ' + answer['against'] if 'against' in answer else ''}"[:200]
+    tags = {
+        "tensorpress.flow_run_id": answer["flow_run_id"],
+        "tensorpress.digest": answer["digest"],
+        "mlflow.source.type": "JOB",
+    }
+    return name, tags, [Param(key, str(value)[:LONGEST]) for key, value in answer["conditions"].items()]
 
 
 def link_dataset(client: MlflowClient, run_id: str, data: Mapping[str, str]) -> None:

@@ -22,9 +22,17 @@ from mlflow.entities import Metric, Param
 from tensorpress.artifact import Store
 from tensorpress.errors import InputError
 from tensorpress.tasks import champions
-from tensorpress.tasks.entries import link_dataset, link_model, local_artifacts, step_params, summary_metrics
+from tensorpress.tasks.entries import (
+    BENCHMARKS,
+    benchmark_entries,
+    link_dataset,
+    link_model,
+    local_artifacts,
+    step_params,
+    summary_metrics,
+)
 
-DATABASE, DOCUMENT = "mlflow.db", "run.json"
+DATABASE, DOCUMENT, BENCHMARK = "mlflow.db", "run.json", "bench.json"
 FACTS = "index.json"
 """File of a parent run with what its run document does not say; written at its start."""
 SIDECARS = ("", "-journal", "-wal", "-shm")
@@ -50,11 +58,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Ended:
-    """A flow run: its parent run and those of its steps."""
+    """A flow run: its parent run and those of its steps; a benchmark has neither steps nor a run document."""
 
     experiment: str
     data: Mapping[str, str]
-    document: Mapping[str, Any]
+    document: Mapping[str, Any] | None
     parent: Run
     children: list[Run]
 
@@ -67,8 +75,8 @@ def is_lost(store: Path) -> bool:
 
 
 def documents(store: Path) -> Iterator[Path]:
-    """The folders of the runs that ended."""
-    return (path.parent for path in (store / "artifacts").glob(f"*/artifacts/{DOCUMENT}"))
+    """What the runs that ended left."""
+    return (path for name in (DOCUMENT, BENCHMARK) for path in (store / "artifacts").glob(f"*/artifacts/{name}"))
 
 
 def check_whole(database: Path) -> None:
@@ -97,7 +105,7 @@ def rebuild(store: Path) -> int:
     """Make the store's database again; returns the number of flow runs in it. The caller holds the database's lock."""
     part = store / f".part-{DATABASE}"
     _remove(part)
-    found = [_read(folder) for folder in documents(store)]
+    found = [_read(path) for path in documents(store)]
     ended = sorted((run for run in found if run is not None), key=lambda run: run.parent.start)
     client = MlflowClient(f"sqlite:///{part}")
     ids: dict[str, str] = {}
@@ -105,8 +113,7 @@ def rebuild(store: Path) -> int:
     opened = Store(store).open()
     for run in ended:
         if run.experiment not in experiments:
-            client.create_experiment(run.experiment, artifact_location=local_artifacts(store))
-            experiments[run.experiment] = client.get_experiment_by_name(run.experiment).experiment_id
+            experiments[run.experiment] = client.create_experiment(run.experiment, local_artifacts(store))
         _restore(client, experiments[run.experiment], run, ids)
         _register(client, opened, run, ids)
     champions.restore(client, opened)
@@ -123,12 +130,15 @@ def rebuild(store: Path) -> int:
     return len(ended)
 
 
-def _read(folder: Path) -> Ended | None:
-    """What a run left in its folder, or None where its document cannot be read."""
+def _read(path: Path) -> Ended | None:
+    """What a run left, or None where its document cannot be read."""
+    folder = path.parent
     try:
-        document = json.loads((folder / DOCUMENT).read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8"))
+        end = int(path.stat().st_mtime * 1000)
+        if path.name == BENCHMARK:
+            return _benchmark(folder, document, end)
         facts = _facts(folder, document)
-        end = int((folder / DOCUMENT).stat().st_mtime * 1000)
         start = int(facts.get("start_time") or end - 1000 * document["seconds"])
         children = [
             _step(folder.parents[1], document, artifact, start, end)
@@ -138,6 +148,12 @@ def _read(folder: Path) -> Ended | None:
         return Ended(facts["experiment"], facts["data"], document, _flow(folder, document, facts, start, end), children)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _benchmark(folder: Path, answer: Mapping[str, Any], end: int) -> Ended:
+    name, tags, params = benchmark_entries(answer)
+    run = Run(folder.parent.name, name, "FINISHED", end, end, tags, _numbers(answer["metrics"]), params)
+    return Ended(BENCHMARKS, {}, None, run, [])
 
 
 def _facts(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
@@ -234,6 +250,8 @@ def _create(
 
 def _register(client: MlflowClient, store: Store, ended: Ended, ids: Mapping[str, str]) -> None:
     """Register the run's best leaf as it was then, if its artifact is still there."""
+    if ended.document is None:
+        return
     found = champions.candidate(ended.document)
     if found is None or not Path(found["path"]).is_dir():
         return

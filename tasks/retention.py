@@ -21,6 +21,7 @@ from mlflow import MlflowClient
 
 from tensorpress.artifact import RECORD, Store
 from tensorpress.errors import InputError
+from tensorpress.pictures.tables import human_bytes
 from tensorpress.tasks.champions import champions
 from tensorpress.tasks.litter import (
     DIGEST,
@@ -40,13 +41,16 @@ from tensorpress.tasks.usage import delete_runs, in_use, mark_removed, of_last_r
 
 @dataclass(frozen=True)
 class Rule:
-    """What may go. Seconds and bytes; None: no such bound."""
+    """What may go; None: no such bound."""
 
-    older_than: float | None = None
-    larger_than: int | None = None
+    unused_seconds: float | None = None
+    """Artifacts go that were not used for longer."""
+    store_bytes: float | None = None
+    """Artifacts go until the store is no larger, what was not used longest first."""
     keep_last: int = 0
     """The artifacts of so many last runs stay."""
-    runs_older_than: float | None = None
+    run_seconds: float | None = None
+    """Runs go, with their metrics and pictures, that began longer ago."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +79,14 @@ def survey(store: Store, rule: Rule) -> Survey:
     goes = [*litter(store, now), *_runs(store, rule)]
     left = total - sum(item.bytes for item in goes)
     evaluations = _evaluations(store, now)
-    may_go, stays = [], []
+    may_go: list[Item] = []
+    stays: list[Item] = []
     for item in sorted(_artifacts(store, now), key=lambda item: (-item.age, item.name)):
         why = protected.get(item.name) or ("somebody works on it" if is_held(store, item.name) else "")
         (stays if why else may_go).append(replace(item, why=why))
     for item in may_go:
-        old = rule.older_than is not None and item.age > rule.older_than
-        if old or (rule.larger_than is not None and left > rule.larger_than):
+        old = rule.unused_seconds is not None and item.age > rule.unused_seconds
+        if old or (rule.store_bytes is not None and left > rule.store_bytes):
             why = "not used for longer than asked" if old else "the store is larger than asked"
             parts = [replace(item, why=why), *evaluations.get(item.name, [])]
             goes += parts
@@ -112,9 +117,13 @@ def clean(store: Store, found: Survey) -> list[Item]:
     return gone
 
 
-def retain(store: Store, rule: Rule) -> list[Item]:
-    """Hold a store to a rule, as a nightly run does at its end; returns what was removed."""
-    return clean(store, survey(store, rule))
+def retain(store: Store, rule: Rule) -> str:
+    """Hold a store to a rule, as a nightly run does at its end; returns one line that says what was removed."""
+    gone = clean(store, survey(store, rule))
+    artifacts = sum(item.kind == "artifact" for item in gone)
+    runs = sum(item.kind == "run" for item in gone)
+    freed = human_bytes(sum(item.bytes for item in gone))
+    return f"removed {artifacts} artifacts, {runs} runs and {len(gone) - artifacts - runs} other files: {freed}"
 
 
 def _protected(store: Store, rule: Rule) -> dict[str, str]:
@@ -163,10 +172,10 @@ def _remove_artifact(store: Store, name: str, evaluations: list[Item], client: M
 
 def _runs(store: Store, rule: Rule) -> list[Item]:
     client = _client(store)
-    if client is None or rule.runs_older_than is None:
+    if client is None or rule.run_seconds is None:
         return []
     kept = [champion["run_id"] for champion in champions(store)]
-    ids = old_runs(client, rule.runs_older_than, kept)
+    ids = old_runs(client, rule.run_seconds, kept)
     why = "older than asked"
     return [
         Item("run", run_id, path, bytes_of(path), 0, why) for run_id in ids for path in [run_folder(store.root, run_id)]
@@ -207,4 +216,4 @@ def _client(store: Store) -> MlflowClient | None:
 
 
 def _bounded(rule: Rule) -> bool:
-    return rule.older_than is not None or rule.larger_than is not None
+    return rule.unused_seconds is not None or rule.store_bytes is not None

@@ -24,22 +24,28 @@ import psutil
 from filelock import FileLock
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Metric, RunTag
 from mlflow.exceptions import MlflowException
 
 from tensorpress import digest
 from tensorpress.errors import InputError
 from tensorpress.recipe import Recipe
-from tensorpress.tasks.entries import link_dataset, link_model, local_artifacts, step_params, summary_metrics
+from tensorpress.tasks.entries import (
+    BENCHMARKS,
+    LONGEST,
+    benchmark_entries,
+    link_dataset,
+    link_model,
+    local_artifacts,
+    step_params,
+    summary_metrics,
+)
 from tensorpress.tasks.planning import Job, Plan
-from tensorpress.tasks.rebuild import DATABASE, FACTS, check_whole, is_lost, rebuild
+from tensorpress.tasks.rebuild import BENCHMARK, DATABASE, FACTS, check_whole, is_lost, rebuild
 from tensorpress.text import read_text
 
 for _name in ("mlflow", "alembic"):
     logging.getLogger(_name).setLevel(logging.CRITICAL)
-
-LONGEST = 5000
-"""Characters of a tag's value that are kept."""
 
 
 def tracking_uri(store: Path) -> str:
@@ -208,17 +214,14 @@ def _measured_on(recipe: Recipe) -> dict[str, str]:
 def track_benchmark(store: Path, answer: Mapping[str, Any], flow_run_id: str) -> tuple[str, str]:
     """Keep what `bench` measured as a run of its own; returns the ids of its experiment and of the run."""
     client = _client(store)
-    experiment = _experiment(client, "speed", store)
-    name = f"{answer['model']}{' beside ' + answer['against'] if 'against' in answer else ''}"
-    tags = {"tensorpress.flow_run_id": flow_run_id, "tensorpress.digest": answer["digest"], "mlflow.source.type": "JOB"}
-    run = client.create_run(experiment, tags=tags, run_name=name[:200])
+    answer = {**answer, "flow_run_id": flow_run_id}
+    experiment = _experiment(client, BENCHMARKS, store)
+    name, tags, params = benchmark_entries(answer)
+    run = client.create_run(experiment, tags=tags, run_name=name)
     now = int(time.time() * 1000)
-    client.log_batch(
-        run.info.run_id,
-        metrics=[Metric(key, float(value), now, 0) for key, value in answer["metrics"].items()],
-        params=[Param(key, str(value)[:LONGEST]) for key, value in answer["conditions"].items()],
-    )
-    client.log_text(run.info.run_id, json.dumps(answer, indent=1, default=str), "bench.json")
+    metrics = [Metric(key, float(value), now, 0) for key, value in answer["metrics"].items()]
+    client.log_batch(run.info.run_id, metrics=metrics, params=params)
+    client.log_text(run.info.run_id, json.dumps(answer, indent=1, default=str), BENCHMARK)
     client.set_terminated(run.info.run_id, "FINISHED")
     return experiment, str(run.info.run_id)
 

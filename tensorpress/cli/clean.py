@@ -53,23 +53,20 @@ def clean(
     """Remove what is not used: artifacts by age and size, what dead processes left. Champions and what they come from stay."""
     check_json_target(json_file)
     bounds = {
-        "older_than": _quantity(older_than, "--older-than", SECONDS, AGE),
-        "larger_than": _quantity(larger_than, "--larger-than", BYTES, "as 20GB or 500MiB"),
-        "runs_older_than": _quantity(runs_older_than, "--runs-older-than", SECONDS, AGE),
+        "unused_seconds": _quantity(older_than, "--older-than", SECONDS, AGE),
+        "store_bytes": _quantity(larger_than, "--larger-than", BYTES, "as 20GB or 500MiB"),
+        "run_seconds": _quantity(runs_older_than, "--runs-older-than", SECONDS, AGE),
     }
     from tensorpress.artifact import Store
     from tensorpress.tasks import retention
 
-    size = bounds["larger_than"]
-    rule = retention.Rule(
-        bounds["older_than"], None if size is None else int(size), keep_last, bounds["runs_older_than"]
-    )
+    rule = retention.Rule(keep_last=keep_last, **bounds)
     place = Store(store)
     found = retention.survey(place, rule)
     gone = retention.clean(place, found) if yes else found.goes
     _show(found, gone, yes)
     left = found.bytes - sum(item.bytes for item in gone)
-    if rule.larger_than is not None and left > rule.larger_than:
+    if rule.store_bytes is not None and left > rule.store_bytes:
         console.print(f"[yellow]the store is still larger than {larger_than}[/]: what is left must stay")
     answer = {
         "store": str(place.root),

@@ -287,6 +287,20 @@ def test_the_registry_is_made_again_from_the_files(night):
     assert night.client.get_model_version_by_alias(line, "champion").tags["digest"] == "aa"
 
 
+def test_a_night_after_a_crash_between_file_and_registry(night):
+    line = night.decide(good("aa")).line
+    night.client.delete_registered_model_alias(line, "champion")
+    assert night.decide(good("aa")).verdict == "unchanged"
+    assert night.client.get_model_version_by_alias(line, "champion").version == 1
+    night.client.delete_registered_model(line)
+    night.client.create_registered_model(line)
+    night.client.create_model_version(line, source="file:///of/another")
+    assert (
+        night.decide(good("aa")).champion["version"] == "2"
+        and champions.champion_of(night.store, line)["version"] == "2"
+    )
+
+
 def test_two_real_runs(prefect_api, monkeypatch, recipe, place, tensorpress_run):
     monkeypatch.setenv("PREFECT_API_URL", prefect_api)
     steps = {"quantize": {"use": "gptq", "after": "model", "group_size": 32, "bits": 8}}

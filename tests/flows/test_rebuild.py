@@ -14,7 +14,7 @@ from tensorpress.artifact import Store
 from tensorpress.errors import InputError
 from tensorpress.tasks import champions
 from tensorpress.tasks.rebuild import check_whole, is_lost, rebuild
-from tensorpress.tasks.tracking import open_client
+from tensorpress.tasks.tracking import open_client, track_benchmark
 
 STEPS = {
     "prune": {"use": "finercut", "after": "model", "remove": 0.2, "samples": 1},
@@ -86,12 +86,26 @@ def test_a_lost_database_is_made_again(address, recipe, place, tensorpress_run):
     assert tensorpress_run("report", document["mlflow_run_id"][:8], "--store", other, "--out", "page.html").code == 0
 
 
-def test_a_document_that_cannot_be_read_is_left_out(tmp_path, caplog):
+def test_a_benchmark_is_kept_and_a_document_that_cannot_be_read_left_out(tmp_path, caplog):
     for name, text in (("a" * 32, "{"), ("b" * 32, '{"recipe": 3}')):
         (tmp_path / "artifacts" / name / "artifacts").mkdir(parents=True)
         (tmp_path / "artifacts" / name / "artifacts/run.json").write_text(text)
+    answer = {
+        "model": "demo",
+        "digest": "d",
+        "metrics": {"decode_tokens_per_second": 5.0},
+        "conditions": {"threads": 2},
+    }
+    _, run_id = track_benchmark(tmp_path / "other", answer, "flow")
+    (tmp_path / "other/artifacts" / run_id).rename(tmp_path / "artifacts" / run_id)
     assert is_lost(tmp_path)
-    assert rebuild(tmp_path) == 0
+    assert rebuild(tmp_path) == 1
+    bench, before = (
+        MlflowClient(f"sqlite:///{root}/mlflow.db").get_run(run_id) for root in (tmp_path, tmp_path / "other")
+    )
+    assert (bench.info.run_name, bench.data.params, bench.data.metrics) == (
+        before.info.run_name, before.data.params, before.data.metrics
+    )  # fmt: skip
     assert "those of 2 more cannot be read" in caplog.text
     assert not is_lost(tmp_path)
 
