@@ -139,6 +139,17 @@ class Meeting:
         return server
 
 
+def sweep_places() -> None:
+    """Remove the meeting places of this user whose server died, unless a run is there to start it again."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        place = Meeting(Path(), folder)
+        with contextlib.suppress(OSError):
+            if folder.lstat().st_uid == os.getuid() and place.is_dead():
+                with place.alone():
+                    if place.is_dead() and not place.is_used():
+                        shutil.rmtree(folder, ignore_errors=True)
+
+
 def home_of(folder: Path, store: Path) -> tuple[Path, FileLock | None]:
     """Where the server's database is: in the store, whose lock is then held; in the meeting place where the store has no such
     folder yet, so that nothing is written before a run's input was checked, or where another server has it.

@@ -20,7 +20,8 @@ import httpx
 
 from tensorpress.errors import StepError
 from tensorpress.flows.access import credentials, lets_in, read_token
-from tensorpress.flows.keeper import Meeting
+from tensorpress.flows.keeper import Meeting, sweep_places
+from tensorpress.flows.place import here
 from tensorpress.tasks.alive import is_gone
 
 START_SECONDS = 90.0
@@ -106,13 +107,31 @@ def prefect_server(store: Path) -> Iterator[PrefectServer]:
 
 @contextlib.contextmanager
 def connected(address: str) -> Iterator[None]:
-    """Let flows of this process talk to the server at `address`, also where Prefect was imported before it was known."""
+    """Let flows of this process talk to the server at `address`, also where Prefect was imported before it was known.
+
+    The server first hears of runs of the store that were killed; if this process is, the next one tells of it.
+    """
+    from prefect.exceptions import PrefectException
     from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
+
+    from tensorpress.artifact import Store
+    from tensorpress.tasks.sweep import running, sweep
 
     for name in ("prefect", "prefect.flow_runs", "prefect.task_runs"):  # errors are told once, by us
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    with temporary_settings({PREFECT_API_URL: address, PREFECT_API_AUTH_STRING: os.environ.get(AUTH_VARIABLE)}):
-        yield
+    settings = {PREFECT_API_URL: address, PREFECT_API_AUTH_STRING: os.environ.get(AUTH_VARIABLE)}
+    store = Store(here().store).open()
+    with temporary_settings(settings):
+        sweep_places()
+        sweep(store)
+        try:
+            with running(store.root):
+                yield
+        except (PrefectException, httpx.HTTPError) as error:
+            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            raise StepError(
+                f"the Prefect server at {address} failed: {reason}; what was finished is kept, run the same command again to go on"
+            ) from None
 
 
 def _takes_us(address: str, store: Path) -> bool:

@@ -5,6 +5,7 @@ Everything goes through `MlflowClient` with explicit run ids; weights are record
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -20,7 +21,6 @@ os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
-import psutil
 from filelock import FileLock
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
@@ -28,8 +28,10 @@ from mlflow.entities import Metric, RunTag
 from mlflow.exceptions import MlflowException
 
 from tensorpress import digest
-from tensorpress.errors import InputError
+from tensorpress.errors import InputError, StepError
 from tensorpress.recipe import Recipe
+from tensorpress.secrets import redact, redact_error, redact_logs
+from tensorpress.tasks.alive import is_gone, own_mark
 from tensorpress.tasks.entries import (
     BENCHMARKS,
     LONGEST,
@@ -40,12 +42,17 @@ from tensorpress.tasks.entries import (
     step_params,
     summary_metrics,
 )
+from tensorpress.tasks.patient import open_patient
 from tensorpress.tasks.planning import Job, Plan
 from tensorpress.tasks.rebuild import BENCHMARK, DATABASE, FACTS, check_whole, is_lost, rebuild
 from tensorpress.text import read_text
 
 for _name in ("mlflow", "alembic"):
     logging.getLogger(_name).setLevel(logging.CRITICAL)
+redact_logs()  # Prefect keeps the logs of flows and tasks, with their tracebacks
+
+MARK = "tensorpress."
+"""Tags of a run begin so that say which process works on it."""
 
 
 def tracking_uri(store: Path) -> str:
@@ -73,14 +80,14 @@ def open_client(store: Path) -> MlflowClient:
     os.environ.pop("MLFLOW_RUN_ID", None)
     uri = tracking_uri(store)
     if not uri.startswith("sqlite:"):
-        return MlflowClient(uri)
+        return open_patient(uri)
     store.mkdir(parents=True, exist_ok=True)
     with FileLock(store / "mlflow.lock"):
         if uri == own_database(store):
             check_whole(store.absolute() / DATABASE)
             if is_lost(store):
                 rebuild(store.absolute())
-        client = MlflowClient(uri)
+        client = open_patient(uri)
         client.search_experiments(max_results=1)
     return client
 
@@ -107,11 +114,10 @@ class Tracker:
             "tensorpress.flow_run_id": flow_run_id,
             "tensorpress.model": plan.recipe.model.source,
             "tensorpress.model_digest": plan.root.digest,
-            "tensorpress.host": platform.node(),
-            "tensorpress.pid": str(os.getpid()),
             "mlflow.source.type": "JOB",
             "mlflow.source.name": "tensorpress run",
-            **{f"tensorpress.{name}": value for name, value in asked.items()},
+            **{f"{MARK}{name}": value for name, value in own_mark().items()},
+            **{f"tensorpress.{name}": redact(value) for name, value in asked.items()},
         }
         run = client.create_run(experiment, tags=tags, run_name=plan.recipe.name)
         handle = {"store": str(store), "experiment_id": experiment, "run_id": run.info.run_id, "data": json.dumps(data)}
@@ -140,7 +146,7 @@ class Tracker:
         """Record the artifact of a step by reference, its report, and its time."""
         self._metrics(run_id, {"step_seconds": result["seconds"], **summary_metrics(job.use, result["report"])})
         self._tags(run_id, {"tensorpress.path": result["path"], "tensorpress.cached": result["cached"]})
-        self.client.log_text(run_id, json.dumps(result["report"], indent=1), "report.json")
+        self.text(json.dumps(result["report"], indent=1), "report.json", run_id)
         node = {"step": job.step, "use": job.use, "digest": job.digest}
         experiment = self.handle["experiment_id"]
         model_id = link_model(self.client, experiment, run_id, node, result["path"], job.parent_digest)
@@ -152,8 +158,8 @@ class Tracker:
         model_id = None if prefix else self.client.get_run(run_id).data.tags.get("tensorpress.model_id")
         self._metrics(run_id, metrics, model_id)
         for name, text in result["texts"].items():
-            self.client.log_text(run_id, text, name)
-        self.client.log_text(run_id, json.dumps(result["conditions"], indent=1, default=str), "conditions.json")
+            self.text(text, name, run_id)
+        self.text(json.dumps(result["conditions"], indent=1, default=str), "conditions.json", run_id)
 
     def close_step(self, run_id: str, problem: str | None, sizes: Mapping[str, float] | None = None) -> None:
         """End the run of a step whose artifact was made; `problem` says why it could not be measured."""
@@ -163,9 +169,15 @@ class Tracker:
         self.client.set_terminated(run_id, "FAILED" if problem else "FINISHED")
 
     def fail(self, run_id: str, error: BaseException) -> None:
-        """Keep a failed run, with its error."""
-        self._tags(run_id, {"tensorpress.error": f"{type(error).__name__}: {error}"})
-        self.client.set_terminated(run_id, "KILLED" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "FAILED")
+        """Keep a failed run, with its error; secrets are taken out of the error itself, which others keep and log.
+
+        Where that cannot be written, a later run marks it as killed.
+        """
+        redact_error(error)
+        state = "KILLED" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "FAILED"
+        with contextlib.suppress(StepError, MlflowException):
+            self._tags(run_id, {"tensorpress.error": f"{type(error).__name__}: {error}"})
+            self.client.set_terminated(run_id, state)
 
     def figure(self, figure: Figure, name: str, run_id: str | None = None) -> None:
         """Save a picture under the same path in every run."""
@@ -174,7 +186,8 @@ class Tracker:
         )
 
     def text(self, text: str, name: str, run_id: str | None = None) -> None:
-        self.client.log_text(run_id or self.handle["run_id"], text, name)
+        """Save a text, without secrets, under the same path in every run."""
+        self.client.log_text(run_id or self.handle["run_id"], redact(text), name)
 
     def finish(self, verdict: str, error: str | None, metrics: dict[str, float]) -> None:
         """Close the parent run; it failed when a step failed."""
@@ -189,7 +202,7 @@ class Tracker:
         self.client.log_batch(run_id, metrics=rows)
 
     def _tags(self, run_id: str, tags: Mapping[str, Any]) -> None:
-        self.client.log_batch(run_id, tags=[RunTag(k, str(v)[:LONGEST]) for k, v in tags.items()])
+        self.client.log_batch(run_id, tags=[RunTag(k, redact(str(v))[:LONGEST]) for k, v in tags.items()])
 
     def _file(self, run_id: str, name: str, write: Any) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -227,34 +240,41 @@ def track_benchmark(store: Path, answer: Mapping[str, Any], flow_run_id: str) ->
 
 
 def close_dead_runs(client: MlflowClient) -> None:
-    """Mark as killed the runs of this machine that are still called running though their process is gone."""
-    for run in _running(client):
-        pid = run.data.tags.get("tensorpress.pid", "")
-        if (
-            run.data.tags.get("tensorpress.host") == platform.node()
-            and pid.isdigit()
-            and not psutil.pid_exists(int(pid))
-        ):
-            _kill(client, run)
+    """Mark as killed the runs of this machine that are still called running though their process is gone, and what they began."""
+    running = _running(client)
+    dead = [run for run in running if is_gone(_mark(run))]
+    _kill(client, running, dead, "its process was gone")
+    alive = {run.info.run_id for run in running} - {run.info.run_id for run in dead}
+    for run in running:  # children of a run that ended without them
+        parent = run.data.tags.get("mlflow.parentRunId")
+        if parent and parent not in alive and client.get_run(parent).info.status != "RUNNING":
+            _kill(client, running, [run], "its run had ended")
 
 
 def close_runs_of(store: Path, pid: int) -> None:
     """Mark as killed what process `pid` has running."""
     client = _client(store)
-    for run in _running(client):
-        tags = run.data.tags
-        if (tags.get("tensorpress.pid"), tags.get("tensorpress.host")) == (str(pid), platform.node()):
-            _kill(client, run)
+    running = _running(client)
+    own = [run for run in running if (_mark(run).get("pid"), _mark(run).get("host")) == (str(pid), platform.node())]
+    _kill(client, running, own, "it was stopped")
 
 
-def _running(client: MlflowClient, more: str = "") -> list[Any]:
+def _mark(run: Any) -> dict[str, str]:
+    return {
+        k.removeprefix(MARK): v for k, v in run.data.tags.items() if k in (f"{MARK}pid", f"{MARK}host", f"{MARK}born")
+    }
+
+
+def _running(client: MlflowClient) -> list[Any]:
     experiments = [e.experiment_id for e in client.search_experiments()]
-    return list(client.search_runs(experiments, f"attributes.status = 'RUNNING'{more}", max_results=1000))
+    return list(client.search_runs(experiments, "attributes.status = 'RUNNING'", max_results=1000))
 
 
-def _kill(client: MlflowClient, parent: Any) -> None:
-    children = _running(client, f" and tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
-    for run in (*children, parent):
+def _kill(client: MlflowClient, running: list[Any], parents: list[Any], why: str) -> None:
+    names = {run.info.run_id for run in parents}
+    children = [run for run in running if run.data.tags.get("mlflow.parentRunId") in names]
+    for run in (*children, *parents):
+        client.set_tag(run.info.run_id, "tensorpress.error", why)
         client.set_terminated(run.info.run_id, "KILLED")
 
 

@@ -1,0 +1,105 @@
+"""What runs that were killed left behind: states that say Running, and files that were not finished."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tensorpress.artifact import Store
+from tensorpress.files import write_whole
+from tensorpress.tasks.alive import is_gone, own_mark
+from tensorpress.tasks.litter import litter, remove_litter
+
+TAG = "process-"
+"""Tag of a flow run: which process works on it. It has it from its first moment on."""
+AT_WORK = ("RUNNING", "PENDING", "SCHEDULED", "CANCELLING")
+
+
+@contextlib.contextmanager
+def running(store: Path, flow_run_id: str | None = None) -> Iterator[None]:
+    """Say in the store that this process works on a flow run: the one of this id, or those that begin within.
+
+    `store/running/<name>.json` stays behind when the process is killed, and tells the next sweep whom it was about.
+    """
+    from prefect import tags
+
+    mark = own_mark()
+    name = flow_run_id or f"{TAG}{mark['pid']}-{mark['born']}"
+    note = store / "running" / f"{name}.json"
+    note.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(note, json.dumps({**mark, "flow_run_id": flow_run_id, "tag": None if flow_run_id else name}))
+    try:
+        with contextlib.nullcontext() if flow_run_id else tags(name):
+            yield
+    finally:
+        note.unlink(missing_ok=True)
+
+
+def sweep(store: Store) -> None:
+    """Tell Prefect of the flow runs that were killed, and remove what they had begun to write; one sweep at a time.
+
+    Asks the server that Prefect's settings name. MLflow is told by `tasks.tracking.close_dead_runs`.
+    """
+    with store.lock_if_free("sweep") as held:
+        if held:
+            sweep_prefect(store.root)
+            _sweep_files(store)
+
+
+def sweep_prefect(store: Path) -> int:
+    """Mark as Crashed the flow runs, with their tasks, whose processes on this machine are gone; returns how many.
+
+    A server that does not answer is no error: the next sweep tells it. One that knows nothing of them had another database.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import PrefectException
+
+    swept = 0
+    for note, known in _dead(store):
+        with contextlib.suppress(PrefectException, httpx.HTTPError, RuntimeError):
+            with get_client(sync_client=True) as client:
+                swept += _mark_crashed(client, known)
+            note.unlink(missing_ok=True)
+    return swept
+
+
+def _dead(store: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    for note in (store / "running").glob("*.json"):
+        try:
+            known = json.loads(note.read_text(encoding="utf-8"))
+            if is_gone(known):
+                yield note, known
+        except (OSError, ValueError, AttributeError):  # it ends just now; a disk that was full
+            continue
+
+
+def _mark_crashed(client: Any, known: dict[str, Any]) -> int:
+    from prefect.client.schemas import filters
+    from prefect.states import Crashed
+
+    about = {"id": {"any_": [known["flow_run_id"]]}} if known["flow_run_id"] else {"tags": {"all_": [known["tag"]]}}
+    at_work = {"state": {"type": {"any_": AT_WORK}}}
+    runs = client.read_flow_runs(flow_run_filter=filters.FlowRunFilter.model_validate({**about, **at_work}))
+    state = Crashed(message="its process was gone")
+    for run in runs:
+        tasks = client.read_task_runs(
+            flow_run_filter=filters.FlowRunFilter.model_validate({"id": {"any_": [run.id]}}),
+            task_run_filter=filters.TaskRunFilter.model_validate(at_work),
+        )
+        for task in tasks:
+            client.set_task_run_state(task.id, state, force=True)
+        client.set_flow_run_state(run.id, state, force=True)
+    return len(runs)
+
+
+def _sweep_files(store: Store) -> None:
+    for item in litter(store, time.time()):
+        if item.kind in ("part", "trash"):
+            with contextlib.suppress(OSError):
+                remove_litter(store, item)
