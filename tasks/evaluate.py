@@ -10,6 +10,7 @@ from prefect.cache_policies import NO_CACHE
 
 from tensorpress.artifact import Artifact, Store
 from tensorpress.tasks.card import card_of
+from tensorpress.tasks.folders import located
 from tensorpress.tasks.measuring import measure, measure_within
 from tensorpress.tasks.show import progress_shown
 from tensorpress.tasks.step import use_threads
@@ -33,6 +34,8 @@ def run_evaluation(
     tracker = Tracker(tracking)
     run_id = subject.get("run_id")
     try:
+        store = Store(job["store"]).open()
+        job, subject = located(store, job, subject, is_original=original is None)
         with progress_shown(f"evaluate {label}"):
             result = measure_within(job, subject, original, subject.get("node", "original"))
     except BaseException as error:
@@ -43,7 +46,6 @@ def run_evaluation(
     if run_id:
         sizes = {name: value for name, value in subject["size"].items() if name not in result["metrics"]}
         tracker.close_step(run_id, None, sizes)
-        store = Store(job["store"])
         with store.lock(subject["digest"]):
             record = {**Artifact(store.folder(subject["digest"])).record, "metrics": result["metrics"]}
             store.note(subject["digest"], record, card_of(record))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tensorpress.loading import load
 from tensorpress.source import read_tokenizer
 from tensorpress.structure import find_structure, model_kind
 from tensorpress.tasks.card import card_of, licence_of
+from tensorpress.tasks.folders import artifact_folder, root_folder
 from tensorpress.tasks.isolate import Clock, is_isolated, run_isolated
 from tensorpress.tasks.planning import Job, stored_dtype, working_dtype
 from tensorpress.tasks.progress import reporter
@@ -32,15 +34,20 @@ def make_artifact(job: Job, parent: Path) -> dict[str, Any]:
     Raises StepError when the step fails, is over its limits, or its folder does not give the model's own outputs.
     """
     store = Store(job.store).open()
+    job = replace(job, root={**job.root, "path": str(root_folder(store, job.root))})
     with store.lock(job.digest):
         artifact = store.artifact(job.digest)
         if artifact is not None:
             store.touch(job.digest)
+            store.publish(job.digest)
             return _result(job, artifact, cached=True)
+        first = len(job.chain) == 1
+        parent = Path(job.root["path"]) if first else artifact_folder(store, job.parent_digest, parent)
         if is_isolated(job.limits):
             _build_isolated(job, parent, store)
         else:
             build(job.to_dict(), str(parent))
+        store.publish(job.digest, made=True)
         return _result(job, Artifact(store.folder(job.digest)), cached=False)
 
 

@@ -8,6 +8,7 @@ database and artifacts.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -33,9 +34,10 @@ from tensorpress.files import umask, write_whole
 from tensorpress.kernels.quantized_linear import QuantizedLinear
 from tensorpress.lease import Lease, lease_seconds
 from tensorpress.loading import FORMAT_VERSION, REPLACED, TensorpressConfig, layers_of
-from tensorpress.remote import CARD, RECORD, remote_here
+from tensorpress.remote import CARD, RECORD, Remote, remote_here
 from tensorpress.structure import DENSE, find_structure
 
+log = logging.getLogger("tensorpress")
 PROBE = ".probe"
 SHARD = "4GB"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -207,15 +209,22 @@ class Store:
         return artifact if artifact.folder.is_dir() and not artifact.problem() else None
 
     def _fetch(self, name: str) -> Artifact | None:
-        if self.remote is None or self.remote.record(name) is None:
+        if self.remote is None:
             return None
-        if self._lease(name) is None:  # another process here may be fetching it
-            with self.lock(name):
+        if self._lease(name) is None:
+            if self.remote.record(name) is None:
+                return None
+            with self.lock(name):  # another process here may be fetching it
                 return self._whole(name) or self._fetch(name)
         try:
             self.drop_part(name)
-            fetched = self.remote.fetch(name, self.part(name))
-            return self.put_in_place(name) if fetched else None
+            if not self.remote.fetch(name, self.part(name)):
+                return None
+            problem = Artifact(self.part(name)).problem()
+            if problem:
+                log.warning("store: %s: artifact %s is not used: %s", self.remote.shown, name[:12], problem)
+                return None
+            return self.put_in_place(name)
         finally:
             self.drop_part(name)
 
@@ -261,20 +270,20 @@ class Store:
             return json.loads((self.root / "evaluations" / f"{name}.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             pass
-        found, lease = self._shared_evaluation(name), self._lease(f"evaluation-{name}")
+        if self.remote is None:
+            return None
+        found, lease = self._fetch_evaluation(self.remote, name), self._lease(f"evaluation-{name}")
         if found is None and lease is not None:
             lease.hold()
-            found = self._shared_evaluation(name)
+            found = self._fetch_evaluation(self.remote, name)
         return found
 
-    def _shared_evaluation(self, name: str) -> dict[str, Any] | None:
-        content = None if self.remote is None else self.remote.read(f"evaluations/{name}.json")
+    def _fetch_evaluation(self, remote: Remote, name: str) -> dict[str, Any] | None:
         try:
-            found = json.loads(content or b"{}")
-            usable = all(isinstance(found[part], dict) for part in EVALUATION)
+            found = json.loads(remote.read(f"evaluations/{name}.json") or b"{}")
+            if not all(isinstance(found[part], dict) for part in EVALUATION):
+                return None
         except (ValueError, KeyError, TypeError, RecursionError):
-            return None
-        if not usable:
             return None
         write_whole(self.root / "evaluations" / f"{name}.json", json.dumps(found, indent=1, sort_keys=True))
         return dict(found)
