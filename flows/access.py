@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import psutil
 
 USER = "tensorpress"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -55,3 +58,25 @@ def lets_in(address: str, auth: str | None, seconds: float = 2.0) -> bool:
     except (httpx.HTTPError, ValueError, OSError):
         return False
     return answer.status_code == 200
+
+
+@dataclass(frozen=True)
+class State:
+    """What others may know of a store's servers: `serve/state.json`."""
+
+    pid: int
+    created: float
+    """Start of the process, in seconds since the epoch: a number that was given to another process again is noticed."""
+    prefect: str
+    mlflow: str
+    folder: str
+
+
+def read_state(store: Path) -> State | None:
+    """The servers of a store, if they run."""
+    try:
+        state = State(**json.loads((store / "serve" / "state.json").read_text(encoding="utf-8")))
+        alive = abs(psutil.Process(state.pid).create_time() - state.created) < 1.0
+    except (OSError, ValueError, TypeError, psutil.Error):
+        return None
+    return state if alive else None

@@ -15,7 +15,7 @@ from tensorpress.flows.parameters import BenchmarkParameters
 from tensorpress.flows.place import enter_folder, here
 from tensorpress.pictures.markdown import table
 from tensorpress.tasks.bench import bench_model
-from tensorpress.tasks.show import progress_shown, show_link, show_table
+from tensorpress.tasks.show import progress_shown, say_failures_once, show_link, show_table
 from tensorpress.tasks.tracking import track_benchmark
 
 
@@ -30,6 +30,7 @@ def run_name() -> str:
 def benchmark(parameters: BenchmarkParameters) -> State[dict[str, Any]]:
     """Measure the speed of a model; the state's result is what `tensorpress bench --json` writes."""
     enter_folder()
+    say_failures_once()
     try:
         answer = measure_speed(parameters.model_dump())
         flow_run_id = str(get_run_context().flow_run.id)  # type: ignore[union-attr]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -63,6 +64,7 @@ class Child:
         if not self.dead:
             return True
         recent = [moment for moment in self.begun if time.monotonic() - moment < 600]
+        self._end_group()
         if len(recent) > RESTARTS:
             return False
         self.start()
@@ -81,6 +83,13 @@ class Child:
         if not self.dead:
             self.process.kill()
             self.process.wait()
+        self._end_group()
+
+    def _end_group(self) -> None:
+        """End what it left behind: MLflow's own server outlives a killed parent, and keeps its port."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)
 
     def _last_words(self) -> str:
         try:

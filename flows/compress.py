@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import yaml
 from prefect import flow, get_run_logger
 from prefect.context import get_run_context
-from prefect.exceptions import UnfinishedRun
+from prefect.exceptions import TerminationSignal, UnfinishedRun
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run as running
 from prefect.states import Completed, Failed, State
@@ -25,12 +26,13 @@ from tensorpress.pictures.graph import draw_graph
 from tensorpress.pictures.layers import draw_layer_map
 from tensorpress.pictures.markdown import table
 from tensorpress.pictures.report import render
+from tensorpress.tasks.champions import register
 from tensorpress.tasks.evaluate import run_evaluation
 from tensorpress.tasks.load import load_model
 from tensorpress.tasks.planning import Plan, timed
-from tensorpress.tasks.show import results_rows, show_link, show_table
+from tensorpress.tasks.show import results_rows, say_failures_once, show_link, show_table
 from tensorpress.tasks.step import run_step
-from tensorpress.tasks.tracking import Tracker
+from tensorpress.tasks.tracking import Tracker, close_runs_of
 from tensorpress.versions import versions
 
 
@@ -55,6 +57,7 @@ def compress(parameters: CompressParameters) -> State[dict[str, Any]]:
     Its state is Failed when a step failed or the input cannot be used, and Completed by the name of `Rejected` when a gate did not hold.
     """
     enter_folder()
+    say_failures_once()
     try:
         document = run_recipe(parameters)
     except (InputError, StepError) as error:
@@ -97,7 +100,10 @@ def run_recipe(parameters: CompressParameters) -> dict[str, Any]:
         run |= {"flow_run_id": flow_run_id, "mlflow_run_id": tracker.handle["run_id"]}
         run["seconds"] = round(time.monotonic() - start, 3)
         run["overhead_seconds"] = round(run["seconds"] - run.pop("_inside"), 3)
-        _leave(run, tracker)
+        _leave(plan, run, tracker)
+    except TerminationSignal:  # cancelled
+        close_runs_of(plan.store.root, os.getpid())
+        raise
     except BaseException as error:
         tracker.fail(tracker.handle["run_id"], error)
         raise
@@ -151,7 +157,7 @@ def _evaluation_job(plan: Plan, kernels: str) -> dict[str, Any]:
     return {
         "measures": list(plan.recipe.evaluate.use),
         "evaluation": spec.model_dump(mode="json"),
-        "root": {"path": plan.root.path, "digest": plan.root.digest},
+        "root": {"path": plan.root.path, "digest": plan.root.digest, "source": plan.recipe.model.source},
         "dtype": plan.recipe.model.dtype,
         "store": str(plan.store.root),
         "demo": plan.recipe.model.source == "demo" and spec.source == "demo",
@@ -248,7 +254,7 @@ def _excess(value: float | None, low: float | None, high: float | None) -> float
     return max(value - high if high is not None else -float("inf"), low - value if low is not None else -float("inf"))
 
 
-def _leave(run: dict[str, Any], tracker: Tracker) -> None:
+def _leave(plan: Plan, run: dict[str, Any], tracker: Tracker) -> None:
     """Pictures, report and run document, under the same names in every run."""
     tracker.figure(draw_graph(run), "pictures/graph.png")
     if any(a["leaf"] and a["metrics"] for a in run["artifacts"]):
@@ -260,6 +266,7 @@ def _leave(run: dict[str, Any], tracker: Tracker) -> None:
             )
     tracker.text(render(run), "report.html")
     tracker.text(json.dumps(run, indent=1, default=str), "run.json")
+    register(tracker.client, plan.store, run)
     worst = {f"worst.{name}": gate["worst"] for name, gate in run["gates"].items() if gate["worst"] is not None}
     first = first_error(run)
     headers, rows = results_rows(run)

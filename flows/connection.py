@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from tensorpress.flows.access import credentials, lets_in, read_token
+from tensorpress.flows.access import credentials, lets_in, read_state, read_token
 from tensorpress.flows.server import DEFAULT_ADDRESS, answers
-from tensorpress.flows.serving import read_state
 
 
 def find_server(store: Path) -> tuple[str, str | None] | None:

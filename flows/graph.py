@@ -16,6 +16,7 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from tensorpress.errors import InputError, StepError
 from tensorpress.flows.parameters import Runner
+from tensorpress.tasks.isolate import SWITCH, stop_isolated
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,26 @@ def task_runner(wanted: Runner) -> Iterator[TaskRunner[Any]]:
             f"runner: no {wanted.kind} cluster answers at {wanted.address or 'this machine'}: {error}"
         ) from None
     try:
-        yield runner
+        with _isolated(wanted):
+            yield runner
+    except BaseException:
+        stop_isolated()  # else leaving the pool would wait for what is at work
+        raise
     finally:
         runner.__exit__(None, None, None)
+
+
+@contextmanager
+def _isolated(wanted: Runner) -> Iterator[None]:
+    """Branches side by side in one process would change each other's dtype and weights while models are opened: each gets its own."""
+    before = os.environ.get(SWITCH)
+    if wanted.kind == "threads" and wanted.parallel > 1:
+        os.environ[SWITCH] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(SWITCH, None)
 
 
 def threads_for(wanted: Runner) -> int:

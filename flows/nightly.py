@@ -16,8 +16,10 @@ from tensorpress.flows.parameters import NightlyParameters
 from tensorpress.flows.place import enter_folder, here
 from tensorpress.pictures.markdown import table
 from tensorpress.tasks.champions import decide
-from tensorpress.tasks.show import show_table
+from tensorpress.tasks.show import say_failures_once, show_table
 from tensorpress.tasks.tracking import open_client
+
+DAY, GIGABYTE = 86_400, 1e9
 
 
 def run_name() -> str:
@@ -36,6 +38,7 @@ def nightly(parameters: NightlyParameters) -> State[dict[str, Any]]:
     `Worse` when something got worse.
     """
     enter_folder()
+    say_failures_once()
     log, place = get_run_logger(), here()
     decisions: list[dict[str, Any]] = []
     failed: list[str] = []
@@ -64,10 +67,13 @@ def nightly(parameters: NightlyParameters) -> State[dict[str, Any]]:
             log.info(line)
         pages.append(decision.markdown)
         decisions.append({"line": decision.line, "verdict": decision.verdict, "says": decision.says})
+    try:
+        _clean(parameters, place.store)
+    except (InputError, StepError) as error:
+        failed.append(f"retention: {error}")
     if failed:
         pages.append(table(["failed"], [[line] for line in failed]))
     show_table("nightly", "\n\n".join(pages), "every run against the champion of its line")
-    _clean(parameters, place.store)
     result = {"decisions": decisions, "failed": failed}
     if failed:
         return Failed(message="; ".join(failed)[:1000], data=result)
@@ -83,5 +89,6 @@ def _clean(parameters: NightlyParameters, store: Path) -> None:
         return
     from tensorpress.tasks.retention import Rule, retain
 
-    done = retain(Store(store), Rule(older_than=parameters.keep_days, larger_than=parameters.keep_gigabytes))
-    get_run_logger().info("%s", done)
+    seconds = None if parameters.keep_days is None else parameters.keep_days * DAY
+    size = None if parameters.keep_gigabytes is None else parameters.keep_gigabytes * GIGABYTE
+    get_run_logger().info("%s", retain(Store(store), Rule(unused_seconds=seconds, store_bytes=size)))

@@ -19,7 +19,7 @@ from pathlib import Path
 import httpx
 
 from tensorpress.errors import StepError
-from tensorpress.flows.access import credentials, lets_in, read_token
+from tensorpress.flows.access import credentials, lets_in, read_state, read_token
 from tensorpress.flows.keeper import Meeting, sweep_places
 from tensorpress.flows.place import here
 from tensorpress.tasks.alive import is_gone
@@ -55,8 +55,9 @@ class PrefectServer:
             os.environ.setdefault(name, value)
         self._meeting: Meeting | None = None
         self._stopped = threading.Event()
-        given = os.environ.get("PREFECT_API_URL")
-        self.address = next((a for a in (given, DEFAULT_ADDRESS) if a and _takes_us(a, store)), "")
+        served = read_state(store)
+        places = (os.environ.get("PREFECT_API_URL"), f"{served.prefect}/api" if served else None, DEFAULT_ADDRESS)
+        self.address = next((place for place in places if place and _takes_us(place, store)), "")
         if self.address:
             return
         self._meeting = Meeting(store)

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from tensorpress.errors import InputError, StepError
 from tensorpress.files import write_whole
-from tensorpress.flows.access import LOOPBACK, USER, credentials, make_token, serve_folder
+from tensorpress.flows.access import LOOPBACK, USER, State, credentials, make_token, serve_folder
 from tensorpress.flows.children import Child, answers_at, clean_environment, descendants, end_all
 from tensorpress.flows.place import FOLDER_VARIABLE, POOL, STORE_VARIABLE
 from tensorpress.flows.prefect_app import HOSTS_VARIABLE
@@ -56,28 +56,6 @@ class Options:
     @property
     def mlflow(self) -> str:
         return f"http://{self.named}:{self.mlflow_port}"
-
-
-@dataclass(frozen=True)
-class State:
-    """What others may know of a store's servers: `serve/state.json`."""
-
-    pid: int
-    created: float
-    """Start of the process, in seconds since the epoch: a number that was given to another process again is noticed."""
-    prefect: str
-    mlflow: str
-    folder: str
-
-
-def read_state(store: Path) -> State | None:
-    """The servers of a store, if they run."""
-    try:
-        state = State(**json.loads((store / "serve" / "state.json").read_text(encoding="utf-8")))
-        alive = abs(psutil.Process(state.pid).create_time() - state.created) < 1.0
-    except (OSError, ValueError, TypeError, psutil.Error):
-        return None
-    return state if alive else None
 
 
 def check_place(store: Path) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Param
 
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+"""MLflow then opens an experiment with its table of runs and charts, not with the pages for language model applications."""
 LONGEST = 5000
 """Characters of a tag's or a parameter's value that are kept."""
 BENCHMARKS = "speed"
@@ -21,11 +23,25 @@ def local_artifacts(store: Path) -> str:
     return (store.absolute() / "artifacts").as_uri()
 
 
-def step_params(step: str, use: str, branch: str, config: Mapping[str, Any]) -> list[Param]:
-    """Parameters of a step's run: what the recipe says of it."""
+def step_params(
+    step: str, use: str, branch: str, chain: Sequence[Mapping[str, Any]], steps: Mapping[str, Mapping[str, Any]]
+) -> list[Param]:
+    """Parameters of a step's run: its method, and every value on the way to it that the recipe names.
+
+    `chain` has `step`, `use` and `config` of the steps from the model to it, `steps` is the recipe's. Values that the recipe leaves as
+    they are would only stand in the way of a comparison: they are in the tag of `step_tags`.
+    """
     params = {"step": step, "method": use, "branch": branch or "-"}
-    params |= {f"{use}.{key}": _short(value) for key, value in config.items() if key != "use" and value is not None}
-    return [Param(key, str(value)) for key, value in params.items()]
+    for link in chain:
+        said = steps.get(link["step"], {})
+        params |= {f"{link['use']}.{key}": _short(value) for key, value in link["config"].items() if key in said}
+    params = {key: value for key, value in params.items() if not key.endswith(".use")}
+    return [Param(key, str(value)[:LONGEST]) for key, value in params.items()]
+
+
+def step_tags(config: Mapping[str, Any]) -> dict[str, str]:
+    """Tags of a step's run: its whole configuration, defaults included."""
+    return {"tensorpress.config": json.dumps(dict(config))[:LONGEST]}
 
 
 def summary_metrics(use: str, report: Mapping[str, Any]) -> dict[str, float]:

@@ -71,7 +71,8 @@ def _node(plan: Plan, job: Job, known: list[dict[str, Any]]) -> dict[str, Any]:
     cached = plan.cached[job.node]
     seconds = 0.0 if cached else _expected_seconds(job, known)
     note = [short_config(job.use, job.config)]
-    size = bytes_of(needed_files(plan.store.folder(job.digest))) if cached else expected_bytes(plan, job)
+    folder = plan.store.folder(job.digest)
+    size = bytes_of(needed_files(folder)) if cached and folder.is_dir() else expected_bytes(plan, job)
     note.append(human_bytes(size) if cached else f"about {human_bytes(size)}")
     if not cached:
         note += [f"about {human_seconds(seconds)}"] if seconds is not None else []

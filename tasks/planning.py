@@ -24,6 +24,7 @@ from tensorpress.evaluators.catalog import MEASURES, applicable, given_metrics
 from tensorpress.evaluators.sts import read_pairs
 from tensorpress.kernels import registry
 from tensorpress.recipe import ROOT, Node, Recipe
+from tensorpress.secrets import redact
 from tensorpress.source import ModelHandle, check_source, read_tokenizer, resolve, source_files
 from tensorpress.structure import Kind
 from tensorpress.text import Text, has_tokens, overlap, read_text
@@ -84,6 +85,7 @@ class Plan:
 
 def make_plan(recipe: Recipe, store: Store, recipe_yaml: str = "") -> Plan:
     """Check a recipe's model and texts and name every artifact that it makes. Raises InputError; nothing is written."""
+    recipe_yaml = redact(recipe_yaml)  # it goes into cards, records and MLflow; no digest is made of it
     _check_store(store)
     folder = resolve(recipe.model.source, recipe.model.revision)
     config = check_folder(folder)
@@ -96,7 +98,7 @@ def make_plan(recipe: Recipe, store: Store, recipe_yaml: str = "") -> Plan:
     for node in recipe.nodes:
         parent = jobs.get(node.parent)
         jobs[node.id] = _job(recipe, node, parent, root, data, store, recipe_yaml)
-    cached = {name: store.artifact(job.digest) is not None for name, job in jobs.items()}
+    cached = {name: store.has(job.digest) for name, job in jobs.items()}
     layers = {} if all(cached.values()) else _check_methods(recipe, folder, kind)
     leaves = tuple(node.id for node in recipe.leaves)
     return Plan(recipe, store, root, kind, jobs, cached, leaves, recipe_yaml, layers)

@@ -24,11 +24,13 @@ from tensorpress.errors import InputError
 from tensorpress.tasks import champions
 from tensorpress.tasks.entries import (
     BENCHMARKS,
+    EXPERIMENT_TAGS,
     benchmark_entries,
     link_dataset,
     link_model,
     local_artifacts,
     step_params,
+    step_tags,
     summary_metrics,
 )
 
@@ -113,7 +115,9 @@ def rebuild(store: Path) -> int:
     opened = Store(store).open()
     for run in ended:
         if run.experiment not in experiments:
-            experiments[run.experiment] = client.create_experiment(run.experiment, local_artifacts(store))
+            experiments[run.experiment] = client.create_experiment(
+                run.experiment, local_artifacts(store), tags=EXPERIMENT_TAGS
+            )
         _restore(client, experiments[run.experiment], run, ids)
         _register(client, opened, run, ids)
     champions.restore(client, opened)
@@ -197,6 +201,7 @@ def _step(runs: Path, document: Mapping[str, Any], artifact: Mapping[str, Any], 
         "tensorpress.digest": artifact["digest"],
         "tensorpress.parent_digest": parent,
         "tensorpress.parent_node": artifact["parent"],
+        **step_tags(artifact["config"]),
     }
     node = None
     if artifact["path"]:
@@ -207,12 +212,22 @@ def _step(runs: Path, document: Mapping[str, Any], artifact: Mapping[str, Any], 
     if artifact["error"]:
         tags["tensorpress.error"] = artifact["error"]
     metrics = {**artifact["metrics"], **summary_metrics(artifact["use"], artifact["report"])}
-    params = step_params(artifact["step"], artifact["use"], artifact["branch"], artifact["config"])
+    chain, said = _chain(document, artifact), document["recipe"]["steps"]
+    params = step_params(artifact["step"], artifact["use"], artifact["branch"], chain, said)
     status = "FAILED" if artifact["error"] else "FINISHED"
     return Run(
         artifact["run_id"], artifact["node"], status, max(start, ended - int(1000 * (artifact["seconds"] or 0))), ended,
         tags, _numbers(metrics), params, node,
     )  # fmt: skip
+
+
+def _chain(document: Mapping[str, Any], artifact: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The artifacts from the model to one."""
+    known = {other["node"]: other for other in document["artifacts"]}
+    chain = [artifact]
+    while chain[0]["parent"] in known:
+        chain.insert(0, known[chain[0]["parent"]])
+    return chain
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

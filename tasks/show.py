@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import time
@@ -16,8 +17,9 @@ from prefect.artifacts import (
     create_progress_artifact,
     update_progress_artifact,
 )
-from prefect.exceptions import PrefectException
+from prefect.exceptions import FailedRun, PrefectException
 
+from tensorpress.errors import InputError, StepError
 from tensorpress.tasks.progress import task_sink
 
 LONG, BETWEEN = 3.0, 2.0
@@ -81,6 +83,21 @@ def show_link(experiment_id: str, run_id: str) -> str | None:
             link, link_text="This run in MLflow", key="mlflow-run", description="metrics, pictures, report"
         )
     return link
+
+
+class _KnownFailures(logging.Filter):
+    """Drops the traceback that Prefect's engine logs for every flow that ended as Failed: the state says it in one line."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        kind = record.exc_info[0] if isinstance(record.exc_info, tuple) else None
+        return kind is None or not issubclass(kind, (InputError, StepError, FailedRun))
+
+
+def say_failures_once() -> None:
+    """Log a failure that we told in the flow run's state once, without a traceback."""
+    logger = logging.getLogger("prefect.flow_runs")
+    if not any(isinstance(known, _KnownFailures) for known in logger.filters):
+        logger.addFilter(_KnownFailures())
 
 
 def results_rows(document: dict[str, Any]) -> tuple[list[str], list[Sequence[str]]]:

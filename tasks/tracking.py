@@ -21,6 +21,7 @@ os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
+import yaml
 from filelock import FileLock
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
@@ -34,12 +35,14 @@ from tensorpress.secrets import redact, redact_error, redact_logs
 from tensorpress.tasks.alive import is_gone, own_mark
 from tensorpress.tasks.entries import (
     BENCHMARKS,
+    EXPERIMENT_TAGS,
     LONGEST,
     benchmark_entries,
     link_dataset,
     link_model,
     local_artifacts,
     step_params,
+    step_tags,
     summary_metrics,
 )
 from tensorpress.tasks.patient import open_patient
@@ -136,10 +139,12 @@ class Tracker:
             "tensorpress.digest": job.digest,
             "tensorpress.parent_digest": job.parent_digest,
             "tensorpress.parent_node": job.parent,
+            **step_tags(job.config),
         }
         run = self.client.create_run(self.handle["experiment_id"], tags=tags, run_name=job.node)
         link_dataset(self.client, run.info.run_id, json.loads(self.handle["data"]))
-        self.client.log_batch(run.info.run_id, params=step_params(job.step, job.use, job.branch, job.config))
+        said = yaml.safe_load(job.recipe_yaml)["steps"] if job.recipe_yaml else {}
+        self.client.log_batch(run.info.run_id, params=step_params(job.step, job.use, job.branch, job.chain, said))
         return str(run.info.run_id)
 
     def step_done(self, run_id: str, job: Job, result: dict[str, Any]) -> None:
@@ -325,11 +330,15 @@ def _client(store: Path) -> MlflowClient:
 
 
 def _experiment(client: MlflowClient, name: str, store: Path) -> str:
+    local = tracking_uri(store).startswith("sqlite:")
     with FileLock(store / "mlflow.lock"):
         found = client.get_experiment_by_name(name)
+        if found is not None and not local and found.artifact_location.startswith("file:"):
+            name = f"{name} (by workers)"  # the folder that its files are in is another machine's
+            found = client.get_experiment_by_name(name)
         if found is not None:
             if found.lifecycle_stage == "deleted":  # in MLflow's pages, say
                 client.restore_experiment(found.experiment_id)
             return str(found.experiment_id)
-        local = tracking_uri(store).startswith("sqlite:")
-        return str(client.create_experiment(name, artifact_location=local_artifacts(store) if local else None))
+        location = local_artifacts(store) if local else None
+        return str(client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS))

@@ -34,6 +34,7 @@ from tensorpress.files import umask, write_whole
 from tensorpress.kernels.quantized_linear import QuantizedLinear
 from tensorpress.lease import Lease, lease_seconds
 from tensorpress.loading import FORMAT_VERSION, REPLACED, TensorpressConfig, layers_of
+from tensorpress.record import record_problem
 from tensorpress.remote import CARD, RECORD, Remote, remote_here
 from tensorpress.structure import DENSE, find_structure
 
@@ -71,10 +72,13 @@ class Artifact:
     def problem(self) -> str | None:
         """What is wrong with the files on disk against the record; None for a whole artifact."""
         try:
-            files = self.record["files"]
-        except (OSError, ValueError, KeyError, TypeError):
+            record = self.record
+        except (OSError, ValueError, RecursionError):
             return f"{RECORD} is missing or cannot be read"
-        for name, wanted in files.items():
+        wrong = record_problem(record)
+        if wrong:
+            return f"{RECORD}: {wrong}"
+        for name, wanted in record["files"].items():
             path = self.folder / name
             if not path.is_file() or path.stat().st_size != wanted["bytes"]:
                 return f"{name} is missing or has another length"
@@ -203,6 +207,10 @@ class Store:
             lease.hold()
             artifact = self._fetch(name)  # another one may have made it while we waited
         return artifact
+
+    def has(self, name: str) -> bool:
+        """Whether the artifact is there, here or in the remote; nothing is fetched."""
+        return self._whole(name) is not None or (self.remote is not None and self.remote.record(name) is not None)
 
     def _whole(self, name: str) -> Artifact | None:
         artifact = Artifact(self.folder(name))

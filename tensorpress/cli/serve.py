@@ -47,7 +47,8 @@ def serve(
     ] = True,
 ) -> None:
     """Start the Prefect server, MLflow, the deployments and a worker, until Ctrl-C."""
-    from tensorpress.flows.serving import Options, Servers, check, check_place, read_state
+    from tensorpress.flows.access import read_state
+    from tensorpress.flows.serving import Options, Servers, check, check_place
 
     place = store.expanduser().absolute()
     options = Options(place, host, prefect_port, mlflow_port, limit, with_worker, tuple(names or ()))

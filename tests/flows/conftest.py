@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import httpx
+import psutil
 import pytest
 import torch
 import yaml
@@ -30,6 +41,11 @@ def words(seed: int, count: int) -> str:
     )
 
 
+def write_texts(folder: Path) -> None:
+    (folder / "train.txt").write_text(words(1, 600))
+    (folder / "test.txt").write_text(words(2, 200))
+
+
 @pytest.fixture(scope="session")
 def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a running server; runs of the command line find it by PREFECT_API_URL."""
@@ -48,8 +64,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_folder: Any) -> 
     torch.manual_seed(0)
     save_folder(LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2)).to(torch.bfloat16), tmp_path / "llama")
     save_folder(BertModel(BertConfig(**SIZES)), tmp_path / "bert")
-    (tmp_path / "train.txt").write_text(words(1, 600))
-    (tmp_path / "test.txt").write_text(words(2, 200))
+    write_texts(tmp_path)
     rows = [f"{i % 6},{words(i, 4)},{words(i + 50, 4)}" for i in range(20)]
     (tmp_path / "pairs.csv").write_text("score,sentence1,sentence2\n" + "\n".join(rows) + "\n")
     return tmp_path
@@ -76,3 +91,159 @@ def recipe(place: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+class Served(NamedTuple):
+    """Servers that `tensorpress serve` started, as a user has them."""
+
+    process: subprocess.Popen[bytes]
+    folder: Path
+    prefect: str
+    mlflow: str
+    token: str
+    output: Path
+
+    @property
+    def store(self) -> Path:
+        return self.folder / "mlruns"
+
+    @property
+    def auth(self) -> tuple[str, str]:
+        return "tensorpress", self.token
+
+    def api(self, method: str, path: str, **body: Any) -> httpx.Response:
+        """A request to Prefect as its own client makes it."""
+        with httpx.Client(base_url=f"{self.prefect}/api", auth=self.auth, timeout=30, trust_env=False) as client:
+            token = client.get("/csrf-token", params={"client": "test"}).json()["token"]
+            headers = {"Prefect-Csrf-Token": token, "Prefect-Csrf-Client": "test"}
+            return client.request(method, path, headers=headers, **({"json": body} if method != "GET" else {}))
+
+    def deployment(self, name: str) -> dict[str, Any]:
+        answer = self.api("GET", f"/deployments/name/{name}")
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def start(self, name: str, **parameters: Any) -> httpx.Response:
+        """Start a run of a deployment as the form does."""
+        path = f"/deployments/{self.deployment(name)['id']}/create_flow_run"
+        return self.api("POST", path, parameters={"parameters": parameters}, state={"type": "SCHEDULED"})
+
+    def flow_run(self, run_id: str) -> dict[str, Any]:
+        answer = self.api("GET", f"/flow_runs/{run_id}")
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def ended(self, run_id: str, seconds: float = 180.0) -> dict[str, Any]:
+        """A flow run when it has ended."""
+        end = time.monotonic() + seconds
+        while (run := self.flow_run(run_id))["state_type"] not in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"):
+            assert time.monotonic() < end, f"{run['state_name']} after {seconds} s"
+            time.sleep(0.5)
+        return run
+
+    def command(self, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+        """Run the command line where the servers were started."""
+        line = [sys.executable, "-m", "tensorpress", *map(str, arguments)]
+        return subprocess.run(line, cwd=self.folder, capture_output=True, text=True, timeout=300, **options)
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory, save_folder: Any) -> Iterator[Served]:
+    """`tensorpress serve` in a folder with a small model and its texts; at the end nothing of it may be left."""
+    folder = tmp_path_factory.mktemp("served")
+    write_texts(folder)
+    torch.manual_seed(0)
+    save_folder(LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2)).to(torch.bfloat16), folder / "llama")
+    prefect, mlflow = free_ports(2)
+    output = folder / "serve.txt"
+    ports = ["--prefect-port", str(prefect), "--mlflow-port", str(mlflow)]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "MLFLOW"))}
+    with output.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tensorpress", "serve", *ports],
+            cwd=folder, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=clean,
+        )  # fmt: skip
+    end = time.monotonic() + 180
+    while "ready" not in output.read_text():
+        assert process.poll() is None and time.monotonic() < end, output.read_text()
+        time.sleep(0.1)
+    token = (folder / "mlruns/serve/token").read_text().strip()
+    addresses = f"http://127.0.0.1:{prefect}", f"http://127.0.0.1:{mlflow}"
+    family = psutil.Process(process.pid).children(recursive=True)
+    yield Served(process, folder, *addresses, token, output)
+    family = {*family, *psutil.Process(process.pid).children(recursive=True)}
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0, output.read_text()
+    _gone, alive = psutil.wait_procs(family, timeout=5)
+    assert not alive, [left.cmdline() for left in alive]
+
+
+def small_recipe(**fields: Any) -> str:
+    """The text of a recipe for the small model of `served`."""
+    data = {
+        "name": "small",
+        "model": {"source": "llama"},
+        "data": {
+            "calibration": {"source": "train.txt", "samples": 6, "length": 32},
+            "evaluation": {"source": "test.txt", "samples": 8, "length": 32},
+        },
+        "steps": {"quantize": {"use": "gptq", "after": "model", "group_size": 32}},
+        "evaluate": ["perplexity", "size"],
+        "gates": {"perplexity_ratio": {"max": 2.0}},
+        **fields,
+    }
+    return yaml.safe_dump(data, sort_keys=False)
+
+
+@pytest.fixture(scope="session")
+def recipe_text() -> Callable[..., str]:
+    return small_recipe
+
+
+UNCLEAR = re.compile(
+    r"Traceback|TENSORPRESS_DEBUG|\b(?!Input)[A-Z]\w*(Error|Exception|Warning)\b|<class|object at 0x|site-packages|alloc"
+)
+"""What an error line says when nobody thought of the error."""
+
+
+@pytest.fixture
+def told(place: Path, tensorpress_run: Any) -> Callable[..., Any]:
+    """`told("validate", "recipe.yaml")`: runs what may be malformed; it is in order, or refused in a few clear lines.
+
+    Either way within 10 s, within 4 GiB of memory more than before, and without a file made, changed or removed.
+    """
+
+    import tensorpress.tasks.bench
+    import tensorpress.tasks.evaluate
+    import tensorpress.tasks.tracking  # noqa: F401 - what takes long when it is imported is no part of an answer
+
+    def state() -> dict[Path, tuple[int, int]]:
+        return {path: (path.lstat().st_size, path.lstat().st_mtime_ns) for path in place.rglob("*")}
+
+    def run(*arguments: object) -> Any:
+        before, start = state(), time.monotonic()
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        limits = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + (4 << 30), limits[1]))
+        try:
+            ended = tensorpress_run(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, limits)
+        assert time.monotonic() - start < 10
+        assert ended.code in (0, 2), ended
+        lines = ended.err.splitlines()
+        assert bool(lines) == (ended.code == 2), ended
+        assert len(lines) <= 13 and all(line.startswith("error: ") and 10 < len(line) < 520 for line in lines), lines
+        assert all(line.isprintable() for line in lines) and not UNCLEAR.search(ended.err), lines
+        assert state() == before
+        return ended
+
+    return run
