@@ -118,7 +118,12 @@ def connected(address: str) -> Iterator[None]:
     from tensorpress.artifact import Store
     from tensorpress.tasks.sweep import running, sweep
 
-    for name in ("prefect", "prefect.flow_runs", "prefect.task_runs"):  # errors are told once, by us
+    for name in (
+        "prefect",
+        "prefect.flow_runs",
+        "prefect.task_runs",
+        "prefect._internal",
+    ):  # errors are told once, by us
         logging.getLogger(name).setLevel(logging.CRITICAL)
     settings = {PREFECT_API_URL: address, PREFECT_API_AUTH_STRING: os.environ.get(AUTH_VARIABLE)}
     store = Store(here().store).open()

@@ -12,6 +12,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")  # a minute: a ser
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
 
 from tensorpress.errors import StepError
 
@@ -45,7 +46,7 @@ class _Patient:
         while True:
             try:
                 return method(*arguments, **named)
-            except (MlflowException, OSError) as error:
+            except (MlflowException, SQLAlchemyError, OSError) as error:
                 locked = "database is locked" in str(error)
                 if locked and time.monotonic() < end:
                     time.sleep(0.2)
@@ -65,6 +66,6 @@ def _problem(error: Exception, locked: bool, address: str) -> StepError | None:
     if any(sign in text for sign in GONE):
         return StepError(f"tracking: {address} does not answer; what was finished is kept")
     found = next((sign for sign in DISK if sign in text), None)
-    if found or (isinstance(error, OSError) and not isinstance(error, FileNotFoundError)):
-        return StepError(f"tracking: {address} cannot be written: {found or text.splitlines()[0][:200]}")
-    return None
+    if isinstance(error, OSError) and error.filename and not isinstance(error, FileNotFoundError):
+        return StepError(f"tracking: {error.filename} cannot be written: {error.strerror}")
+    return StepError(f"tracking: {address} cannot be written: {found}") if found else None

@@ -12,7 +12,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +183,8 @@ class Tracker:
         with contextlib.suppress(StepError, MlflowException):
             self._tags(run_id, {"tensorpress.error": f"{type(error).__name__}: {error}"})
             self.client.set_terminated(run_id, state)
+            if run_id == self.handle["run_id"]:  # steps that were made, but not measured any more
+                _kill(self.client, _running(self.client), [], "its run had failed", {run_id})
 
     def figure(self, figure: Figure, name: str, run_id: str | None = None) -> None:
         """Save a picture under the same path in every run."""
@@ -275,10 +277,11 @@ def _running(client: MlflowClient) -> list[Any]:
     return list(client.search_runs(experiments, "attributes.status = 'RUNNING'", max_results=1000))
 
 
-def _kill(client: MlflowClient, running: list[Any], parents: list[Any], why: str) -> None:
-    names = {run.info.run_id for run in parents}
+def _kill(client: MlflowClient, running: list[Any], dead: list[Any], why: str, ended: Iterable[str] = ()) -> None:
+    """End dead runs, and the children of these and of those that `ended`."""
+    names = {run.info.run_id for run in dead} | set(ended)
     children = [run for run in running if run.data.tags.get("mlflow.parentRunId") in names]
-    for run in (*children, *parents):
+    for run in (*children, *dead):
         client.set_tag(run.info.run_id, "tensorpress.error", why)
         client.set_terminated(run.info.run_id, "KILLED")
 
