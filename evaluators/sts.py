@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from tensorpress.errors import InputError
 from tensorpress.evaluators.base import EvaluationData, Evaluator, Measurement, Progress, Subject, no_progress
 from tensorpress.evaluators.fidelity import mean_pooled
+from tensorpress.text import check_plain
 
 COLUMNS = ("score", "sentence1", "sentence2")
 BENCHMARK = (4, 5, 6)
@@ -27,8 +28,9 @@ def read_pairs(path: Path) -> tuple[list[float], list[str], list[str]]:
     Separated by commas or by tabs (then without quotes), or in the layout of the STS benchmark. Raises InputError.
     """
     try:
+        check_plain(path, "data.evaluation.pairs")
         content = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
         raise InputError(f"data.evaluation.pairs: {path}: {reason}") from None
     tabs = "\t" in content.partition("\n")[0]

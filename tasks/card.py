@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from tensorpress.pictures.card import render_card
+from tensorpress.secrets import redact
 
 
 def card_of(record: Mapping[str, Any]) -> str:
@@ -19,7 +20,7 @@ def card_of(record: Mapping[str, Any]) -> str:
             "base": record["base"],
             "chain": record["chain"],
             "metrics": record.get("metrics") or {},
-            "recipe_yaml": record["recipe"],
+            "recipe_yaml": redact(record["recipe"]),
             "how_to_load": "plain" if record["plain_gptq"] else "tensorpress",
             "kind": record["kind"],
             "licence": record["licence"],

@@ -74,6 +74,8 @@ class Artifact:
         try:
             record = self.record
         except (OSError, ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict):
             return f"{RECORD} is missing or cannot be read"
         wrong = record_problem(record)
         if wrong:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,20 @@ from tensorpress.errors import InputError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 LARGEST_HEADER = 100_000_000
+LARGEST_TEXT = 500_000_000
+"""Bytes of a configuration, an index or a tokenizer; the largest that are known have 35 MB."""
+READ_WHOLE = ("*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "vocab*")
+STORED = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
+"""How tensors may be stored, as safetensors names it."""
+LARGEST_SIZE = 2**31 - 1
+DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "encoder_layers", "decoder_layers")
+"""Fields of a config that say how many layers there are."""
+WIDTHS = (
+    "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim", "n_embd",
+    "n_head", "n_heads", "n_inner", "n_positions", "ffn_dim", "dim", "hidden_dim", "d_model", "word_embed_proj_dim",
+    "max_position_embeddings",
+)  # fmt: skip
+"""Fields of a config that make shapes."""
 
 
 def check_folder(folder: Path) -> PretrainedConfig:
@@ -28,19 +43,15 @@ def check_folder(folder: Path) -> PretrainedConfig:
         raise InputError(f"{folder}: is a file; a model is a folder with config.json and *.safetensors")
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: has no config.json; a model folder needs config.json and *.safetensors")
-    for file in weight_files(folder):
-        check_safetensors(file)
+    check_small_files(folder)
+    tensors = sum(check_safetensors(file) for file in weight_files(folder))
+    _check_sizes(folder / "config.json", _raw_config(folder), tensors)
     return read_config(folder)
 
 
 def read_config(folder: Path) -> PretrainedConfig:
     """Read config.json with transformers; remote code is never run. Raises InputError."""
-    try:
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{folder / 'config.json'}: cannot be read: {one_line(error)}") from None
-    if not isinstance(raw, dict) or "model_type" not in raw:
-        raise InputError(f"{folder / 'config.json'}: names no model_type")
+    raw = _raw_config(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
@@ -48,7 +59,76 @@ def read_config(folder: Path) -> PretrainedConfig:
             f"{folder / 'config.json'}: model_type {raw['model_type']!r} cannot be used: {one_line(error)}"
         ) from None
     _check_supported(folder / "config.json", raw)
+    text = config.get_text_config()
+    if not isinstance(getattr(text, "vocab_size", None), int):
+        raise InputError(f"{folder / 'config.json'}: names no vocab_size of a model of type {config.model_type}")
     return config
+
+
+def _raw_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file}: cannot be read: {one_line(error)}") from None
+    if not isinstance(raw, dict) or "model_type" not in raw:
+        raise InputError(f"{file}: names no model_type")
+    if not isinstance(raw["model_type"], str) or len(raw["model_type"]) > 100:
+        raise InputError(f"{file}: model_type: found {str(raw['model_type'])[:80]!r}, expected a name")
+    _refuse_code(file, raw)
+    for name in ("dtype", "torch_dtype"):
+        dtype = getattr(torch, str(raw.get(name) or "float32").removeprefix("torch."), None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise InputError(f"{file}: {name}: found {str(raw[name])[:80]!r}, expected float32, bfloat16 or float16")
+    return raw
+
+
+def _refuse_code(file: Path, raw: Any) -> None:
+    """Refuse a config that names code of a hub or allows it; transformers took such words from a config more than once.
+
+    (CVE-2026-4372: `_attn_implementation_internal`; CVE-2026-5241: `trust_remote_code`.) Raises InputError.
+    """
+    if not isinstance(raw, dict):
+        return
+    for name, value in raw.items():
+        named = list(value.values()) if isinstance(value, dict) else [value]
+        if "_implementation" in name and any(isinstance(n, str) and not re.fullmatch(r"\w*", n) for n in named):
+            raise InputError(
+                f"{file}: {name}: names code from elsewhere, which is never run; expected a word such as sdpa"
+            )
+        if name == "trust_remote_code" and value:
+            raise InputError(f"{file}: trust_remote_code: code of a model is never run; take the line out")
+        _refuse_code(file, value)
+
+
+def _check_sizes(file: Path, raw: dict[str, Any], tensors: int) -> None:
+    """Refuse sizes that no model has: what is made of them first would take all memory, or for ever. Raises InputError."""
+    quantized = raw.get("quantization_config")
+    specs = quantized.get("layers") if isinstance(quantized, dict) else None
+    deepest = tensors + (len(specs) if isinstance(specs, dict) else 0)  # a layer has weights, unless it was removed
+    for part in (raw, *(value for value in raw.values() if isinstance(value, dict))):
+        for name, value in part.items():
+            if name not in DEPTHS + WIDTHS or value is None:
+                continue
+            most = deepest if name in DEPTHS else LARGEST_SIZE
+            if type(value) is not int or not 1 <= value <= most:
+                why = f" (its weights are {tensors} tensors)" if name in DEPTHS else ""
+                found = str(value) if len(str(value)) < 40 else f"{str(value)[:37]}..."
+                raise InputError(f"{file}: {name}: found {found}, expected a whole number from 1 to {most}{why}")
+
+
+def check_small_files(folder: Path) -> None:
+    """Refuse what is no plain file, or too large, among the files that are read whole. Raises InputError.
+
+    Symlinks are followed: a model folder of a hub's cache is made of them.
+    """
+    for file in sorted(path for pattern in READ_WHOLE for path in folder.glob(pattern)):
+        if file.is_dir() or file.suffix == ".safetensors":
+            continue
+        if not file.is_file():
+            raise InputError(f"{file}: is no file that can be read")
+        if file.stat().st_size > LARGEST_TEXT:
+            raise InputError(f"{file}: has {file.stat().st_size:,} bytes; at most {LARGEST_TEXT:,} are read")
 
 
 def _check_supported(file: Path, raw: dict[str, Any]) -> None:
@@ -61,10 +141,10 @@ def _check_supported(file: Path, raw: dict[str, Any]) -> None:
             "language model (...ForCausalLM, ...LMHeadModel) or an encoder without a head (...Model)"
         )
     quantized = raw.get("quantization_config")
-    method = quantized.get("quant_method") if isinstance(quantized, dict) else None
-    if quantized and method not in ("tensorpress", "gptq"):
+    method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+    if quantized is not None and method not in ("tensorpress", "gptq"):
         raise InputError(
-            f"{file}: quantization_config: quant_method {method!r} cannot be opened; known: tensorpress, gptq"
+            f"{file}: quantization_config: quant_method {str(method)[:80]!r} cannot be opened; known: tensorpress, gptq"
         )
 
 
@@ -98,8 +178,8 @@ def weight_files(folder: Path) -> list[Path]:
     raise InputError(f"{folder}: has no model.safetensors")
 
 
-def check_safetensors(file: Path) -> None:
-    """Refuse a safetensors file whose header or length is not whole. Raises InputError."""
+def check_safetensors(file: Path) -> int:
+    """Refuse a safetensors file whose header or length is not whole; returns its number of tensors. Raises InputError."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)
@@ -107,10 +187,19 @@ def check_safetensors(file: Path) -> None:
     if not 0 < header <= min(LARGEST_HEADER, size - 8):
         raise InputError(f"{file}: is no whole safetensors file (header of {header} bytes in a file of {size})")
     try:
-        with safe_open(file, framework="pt"):
-            pass
+        with safe_open(file, framework="pt") as tensors:
+            return len(tensors.keys())
     except (SafetensorError, ValueError, OSError) as error:
         raise InputError(f"{file}: is no whole safetensors file ({one_line(error)})") from None
+
+
+def shapes_of(folder: Path) -> dict[str, list[int]]:
+    """Names and shapes of the tensors of a checked folder; no weight is read."""
+    shapes: dict[str, list[int]] = {}
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as tensors:
+            shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+    return shapes
 
 
 def check_finite(folder: Path) -> None:
@@ -118,6 +207,9 @@ def check_finite(folder: Path) -> None:
     for file in weight_files(folder):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118
+                kind = str(tensors.get_slice(name).get_dtype())
+                if kind not in STORED:
+                    raise InputError(f"{file}: tensor {name} is stored as {kind}; known: {', '.join(STORED)}")
                 tensor = tensors.get_tensor(name)
                 if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                     raise InputError(f"{file}: tensor {name} holds NaN or infinity")
@@ -134,7 +226,11 @@ def check_tokenizer(tokenizer: Any, config: PretrainedConfig, folder: Path) -> N
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, as one line; where its first line only announces the next, both."""
+    """What an error says, as one line; where its first line only announces the next, both. Names of classes are left out."""
+    if isinstance(error, KeyError):
+        return f"{str(error)[:200]} is missing or not known"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
-    return said[:300] or type(error).__name__
+    said = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", said)
+    said = re.sub(r"\b[A-Z]\w*(?:Error|Exception): ?", "", said)
+    return said[:300] or f"{type(error).__name__} without a word of why"

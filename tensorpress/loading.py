@@ -8,6 +8,9 @@ way, its layers found from the checkpoint's own tensor names.
 from __future__ import annotations
 
 import importlib.util
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,13 +22,14 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import GPTQConfig, QuantizationConfigMixin
 
-from tensorpress.checks import check_folder, weight_files
+from tensorpress.checks import check_folder, one_line, shapes_of, weight_files
 from tensorpress.errors import InputError
 from tensorpress.kernels import registry
 from tensorpress.kernels.mpo_linear import MPOLinear
-from tensorpress.kernels.quantized_linear import QuantizedLinear
+from tensorpress.kernels.quantized_linear import BITS, QuantizedLinear
 from tensorpress.kernels.removed import RemovedAttention, RemovedLinear, RemovedNorm
-from tensorpress.structure import iterate_linears, linear_shape, renumber_attention, set_module, stub_from_spec
+from tensorpress.specs import module_from_spec
+from tensorpress.structure import iterate_linears, linear_shape, renumber_attention, set_module
 
 METHOD = "tensorpress"
 FORMAT_VERSION = 1
@@ -39,6 +43,8 @@ BUFFERS = (
     "pooler.dense.bias",
 )
 """Ends of names that old checkpoints carry and no output needs."""
+SMALL = 1 << 24
+"""Numbers that a model may hold beside twice its weights: buffers that are made, not read."""
 REPLACED = (MPOLinear, QuantizedLinear, RemovedLinear, RemovedAttention, RemovedNorm)
 
 
@@ -60,9 +66,7 @@ class TensorpressQuantizer(HfQuantizer):
     quantization_config: TensorpressConfig
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        version = self.quantization_config.format_version
-        if version > FORMAT_VERSION:
-            raise InputError(f"artifact format {version} is newer than this tensorpress reads ({FORMAT_VERSION})")
+        check_version(self.quantization_config.format_version)
         apply_layers(model, self.quantization_config.layers)
         return model
 
@@ -108,6 +112,17 @@ def gptq_layers(model: nn.Module, config: dict[str, Any], files: list[Path]) -> 
         with safe_open(file, framework="pt") as tensors:
             names.update(tensors.keys())
     layout = config.get("checkpoint_format") or config.get("format") or "gptq"
+    bits, group_size = config.get("bits"), config.get("group_size")
+    if (
+        type(bits) is not int
+        or type(group_size) is not int
+        or bits not in BITS
+        or not (group_size > 0 or group_size == -1)
+    ):
+        raise InputError(
+            f"config.json: quantization_config: found bits {str(bits)[:40]!r} and group_size {str(group_size)[:40]!r}, "
+            f"expected one of {', '.join(map(str, BITS))} and a whole number above 0, or -1"
+        )
     layers: dict[str, dict] = {}
     for path, layer in iterate_linears(model):
         found = next((n for n in names if n == f"{path}.qweight" or n.endswith(f".{path}.qweight")), None)
@@ -118,8 +133,8 @@ def gptq_layers(model: nn.Module, config: dict[str, Any], files: list[Path]) -> 
             "form": "gptq",
             "in_features": in_features,
             "out_features": out_features,
-            "bits": int(config["bits"]),
-            "group_size": int(config["group_size"]),
+            "bits": bits,
+            "group_size": group_size,
             "zero_offset": 0 if layout == "gptq_v2" else 1,
             "bias": found.removesuffix("qweight") + "bias" in names,
         }
@@ -129,33 +144,22 @@ def gptq_layers(model: nn.Module, config: dict[str, Any], files: list[Path]) -> 
 def apply_layers(model: nn.Module, layers: dict[str, dict]) -> None:
     """Put the empty module of each spec at its path, made on torch's default device.
 
-    Raises InputError for a path that the model does not have or a form that is not known.
+    Raises InputError for a path that the model does not have, and for a spec that cannot be there.
     """
+    if not isinstance(layers, dict):
+        raise InputError(f"artifact: layers: found a {type(layers).__name__}, expected a mapping of paths to layers")
     for path, spec in layers.items():
         try:
-            model.get_submodule(path)
+            replaced = model.get_submodule(path) if path else None
         except AttributeError:
-            raise InputError(f"artifact: layer {path} is not in {type(model).__name__}") from None
-        set_module(model, path, module_from_spec(spec))
+            replaced = None
+        if replaced is None:
+            raise InputError(f"artifact: layer {path[:200]} is not in {type(model).__name__}")
+        set_module(model, path, module_from_spec(spec, path, replaced))
         # An architecture's own initialisation looks for the dense weight: it must pass over what holds this module.
         for depth in range(path.count(".") + 2):
             model.get_submodule(".".join(path.split(".")[:depth]))._is_hf_initialized = True  # type: ignore[assignment]
     renumber_attention(model)
-
-
-def module_from_spec(spec: dict[str, Any]) -> nn.Module:
-    """Build the empty module that a spec describes, with parameters that need no gradient."""
-    form = spec.get("form")
-    try:
-        if form == "mpo":
-            return MPOLinear.from_spec(spec)
-        if form == "gptq":
-            return QuantizedLinear.from_spec(spec)
-        if form in ("removed", "removed_attention", "removed_norm"):
-            return stub_from_spec(spec)
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"artifact: a layer of form {form} is described wrongly: {error}") from None
-    raise InputError(f"artifact: unknown form {form!r} of a layer; known: mpo, gptq, removed")
 
 
 def layers_of(model: nn.Module) -> dict[str, dict]:
@@ -179,14 +183,16 @@ def load(
     config = check_folder(folder)
     if (config_of(config).get("quant_method")) == "gptq":  # ours, also where gptqmodel is installed
         config.quantization_config = TensorpressConfig(layer_specs(folder, config)).to_dict()
-    model, found = _auto_class(config).from_pretrained(
-        folder,
-        config=config,
-        dtype=dtype,
-        use_safetensors=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are told by _check_whole
-    )
+    with _one_line(folder):
+        _check_fits(folder, config)
+        model, found = _auto_class(config).from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are told by _check_whole
+        )
     _check_whole(folder, model, found)
     use_kernels(model, kernels)
     return model.to(device).eval()
@@ -197,11 +203,14 @@ def outline(folder: Path) -> PreTrainedModel:
 
     A forward pass of it may fail where the architecture looks at values (mixtures, relative positions).
     """
-    config = check_folder(folder)
+    return _outline(folder, check_folder(folder)).eval()
+
+
+def _outline(folder: Path, config: PretrainedConfig) -> PreTrainedModel:
     with torch.device("meta"):
         model = _auto_class(config).from_config(config)
         apply_layers(model, layer_specs(folder, config))
-    return model.eval()
+    return model
 
 
 def layer_specs(folder: Path, config: PretrainedConfig) -> dict[str, dict]:
@@ -212,6 +221,43 @@ def layer_specs(folder: Path, config: PretrainedConfig) -> dict[str, dict]:
     with torch.device("meta"):
         empty = _auto_class(config).from_config(config)
     return gptq_layers(empty, value, weight_files(folder))
+
+
+@contextmanager
+def _one_line(folder: Path) -> Iterator[None]:
+    """Make one line of what transformers and torch raise for a config that they stumble over. Raises InputError."""
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:
+        raise InputError(f"{folder}: cannot be opened: {one_line(error)}") from None
+
+
+def check_version(version: Any) -> None:
+    """Refuse an artifact's format that is none, or newer than this code. Raises InputError."""
+    if type(version) is not int or version < 1:
+        raise InputError(f"artifact: format_version: found {str(version)[:40]!r}, expected a whole number from 1")
+    if version > FORMAT_VERSION:
+        raise InputError(f"artifact format {version} is newer than this tensorpress reads ({FORMAT_VERSION})")
+
+
+def _check_fits(folder: Path, config: PretrainedConfig) -> None:
+    """Refuse, before memory is asked for, a model that is far larger than the weights that are to fill it. Raises InputError.
+
+    Weights that are missing or of another shape would be drawn at random first, in full size.
+    """
+    stored = shapes_of(folder)
+    model = _outline(folder, config)
+    for name, tensor in sorted(model.state_dict().items()):
+        if name in stored and [*tensor.shape] != stored[name]:
+            raise InputError(
+                f"{folder}: tensor {name} has the shape {stored[name]}; config.json says {[*tensor.shape]}"
+            )
+    wanted = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    there = sum(math.prod(shape) for shape in stored.values())
+    if wanted > 2 * there + SMALL:
+        raise InputError(f"{folder}: the model of its config.json has {wanted:,} numbers, its weights have {there:,}")
 
 
 def _check_whole(folder: Path, model: PreTrainedModel, found: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ after a branching step is done once for each branch, and branches share everythi
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,10 +19,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tensorpress.errors import InputError, nearest
+from tensorpress.secrets import redact, redact_all
 
 ROOT = "model"
 MOST_BRANCHES = 1000
 """Nodes that `each` may make of one step; more is a mistake, and would take for ever."""
+LARGEST = 1_000_000
+"""Characters of a recipe."""
 MOST_VALUES = 100_000
 """Values of a recipe with its anchors written out; a few lines of anchors on anchors can stand for billions."""
 
@@ -68,8 +72,8 @@ class DataSpec(Part):
 class Gate(Part):
     """Bounds that a metric of every leaf must keep."""
 
-    min: float | None = None
-    max: float | None = None
+    min: float | None = Field(None, allow_inf_nan=False)
+    max: float | None = Field(None, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _bounds(self) -> Gate:
@@ -133,6 +137,11 @@ class Recipe(Part):
     def _list_of_measures(cls, value: Any) -> Any:
         return {"use": value} if isinstance(value, list) else value
 
+    @field_validator("description")
+    @classmethod
+    def _for_anyone(cls, value: str) -> str:
+        return redact(value)  # it is kept with every run
+
     @cached_property
     def nodes(self) -> tuple[Node, ...]:
         raise RuntimeError("a recipe's nodes are known once `parse` has checked them")
@@ -158,20 +167,65 @@ def read(path: str | Path) -> str:
     """The text of a recipe file. Raises InputError with one line."""
     path = Path(path)
     try:
-        return path.read_text(encoding="utf-8")
+        piped = str(path) == "/dev/stdin" or str(path).startswith("/dev/fd/")  # the shell's <(...)
+        if path.exists() and not (path.is_file() or path.is_dir() or piped):
+            raise InputError(f"{path}: is no plain file; a recipe is a YAML file")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(LARGEST + 1)
     except FileNotFoundError:
         raise InputError(f"{path}: no such recipe file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
+    if len(text) > LARGEST:
+        raise InputError(f"{path}: has more than {LARGEST:,} characters, which no recipe has")
+    return text
+
+
+def without_secrets(text: str, overrides: Sequence[str]) -> tuple[str, list[str]]:
+    """A recipe's text and overrides for the places that keep them: what only people read is redacted.
+
+    Raises InputError where a value that does something holds a secret: it would be kept with every run. What is no recipe
+    comes back as it is, for `parse_text` to say why.
+    """
+    try:
+        data = _overridden(text, overrides)
+    except (ValueError, InputError):
+        return text, [*overrides]
+    if not isinstance(data, dict):
+        return text, [*overrides]
+    for key, value in data.items():
+        if key != "description" and (redact_all(value) != value or redact(str(key)) != str(key)):
+            raise InputError(
+                f"{redact(str(key))}: holds a secret (a token, a password in an address, or the value of a variable such as "
+                "HF_TOKEN), which would be kept with the run; name what it means in another way"
+            )
+    safe, safe_overrides = redact(text), [_redact_override(override) for override in overrides]
+    masked = {key: redact_all(value) for key, value in data.items()}
+    try:
+        same = _overridden(safe, safe_overrides) == masked
+    except (ValueError, InputError):  # `***` at the beginning of a value is an alias
+        same = False
+    return (safe, safe_overrides) if same else (yaml.safe_dump(masked, sort_keys=False, allow_unicode=True), [])
+
+
+def _redact_override(override: str) -> str:
+    path, equals, value = override.partition("=")
+    safe = redact(value)
+    return override if safe == value else f"{path}{equals}{json.dumps(safe)}"
+
+
+def _overridden(text: str, overrides: Sequence[str]) -> Any:
+    data = _load_yaml(text)
+    for override in overrides if isinstance(data, dict) else ():
+        _override(data, override)
+    return data
 
 
 def resolved(text: str, overrides: Sequence[str]) -> str:
     """The YAML text of a recipe with its overrides in it; as it was written where there are none."""
     if not overrides:
         return text
-    data = _load_yaml(text)
-    for override in overrides:
-        _override(data, override)
+    data = _overridden(text, overrides)
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
 
@@ -207,7 +261,7 @@ def parse(
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        raise InputError(*_explain(error, "", Recipe)) from None
+        raise InputError(*explain(error, "", Recipe)) from None
     problems = [
         f"evaluate: {_shown(name)} is not a measure{nearest(name, measures)}; known: {', '.join(sorted(measures))}"
         for name in recipe.evaluate.use
@@ -316,8 +370,8 @@ def _refuse_paths_outside(data: dict[str, Any], folder: Path, name: str, overrid
             )
 
 
-def _explain(error: ValidationError, prefix: str, model: type[BaseModel]) -> list[str]:
-    """One line for each thing that pydantic found: the path, what was found, what is allowed."""
+def explain(error: ValidationError, prefix: str, model: type[BaseModel]) -> list[str]:
+    """One line for each thing that pydantic found: the path after `prefix`, what was found, what is allowed."""
     lines = []
     for item in error.errors():
         path = ".".join(
@@ -444,7 +498,7 @@ def _method(
     try:
         return methods[use].model_validate(values)
     except ValidationError as error:
-        problems += _explain(error, f"steps.{name}", methods[use])
+        problems += explain(error, f"steps.{name}", methods[use])
         return None
 
 

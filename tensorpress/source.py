@@ -13,7 +13,14 @@ import httpx
 from transformers import AutoTokenizer, PretrainedConfig
 
 from tensorpress import digest
-from tensorpress.checks import check_finite, check_folder, check_tokenizer, one_line, weight_files
+from tensorpress.checks import (
+    check_finite,
+    check_folder,
+    check_small_files,
+    check_tokenizer,
+    one_line,
+    weight_files,
+)
 from tensorpress.errors import InputError
 from tensorpress.loading import config_of, load
 from tensorpress.text import demo_folder
@@ -76,12 +83,7 @@ def check_source(folder: Path) -> ModelHandle:
     config = check_folder(folder)
     check_finite(folder)
     check_tokenizer(read_tokenizer(folder), config, folder)
-    try:
-        load(folder)
-    except (InputError, MemoryError):
-        raise
-    except Exception as error:  # a config that transformers itself stumbles over
-        raise InputError(f"{folder}: cannot be opened: {type(error).__name__}: {one_line(error)}") from None
+    load(folder)
     return ModelHandle(str(folder.resolve()), folder_digest(folder))
 
 
@@ -100,9 +102,14 @@ def source_files(folder: Path) -> list[Path]:
 
 def read_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder. Raises InputError when there is none that can be read."""
+    check_small_files(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer("One plus one is 2.", add_special_tokens=False, verbose=False)  # some break when they are first used
+        return tokenizer
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the tokenizers' Rust is no Exception
         files = [path for pattern in ("tokenizer*", "vocab*", "*.model") for path in folder.glob(pattern)]
         reason = one_line(error) if files else "it has no tokenizer.json"
         raise InputError(f"{folder}: its tokenizer cannot be read: {reason}") from None

@@ -12,6 +12,8 @@ import torch
 from tensorpress import digest
 from tensorpress.errors import InputError
 
+LARGEST = 2_000_000_000
+"""Bytes of a text that is read whole."""
 DEMO_TEXTS = {"train": "train.txt", "test": "test.txt", "other": "other.txt"}
 
 
@@ -32,11 +34,21 @@ class Text:
         return digest.of_text(self.content)
 
 
+def check_plain(path: Path, where: str) -> None:
+    """Refuse what would be read without end: pipes, devices, files of more than 2 GB. Raises InputError, or FileNotFoundError."""
+    state = path.stat()
+    if not path.is_file() and not path.is_dir():
+        raise InputError(f"{where}: {path} is no plain file")
+    if state.st_size > LARGEST:
+        raise InputError(f"{where}: {path} has {state.st_size:,} bytes; at most {LARGEST:,} are read")
+
+
 def read_text(source: str, split: str, where: str) -> Text:
     """Read a text: `demo` with a split, or a UTF-8 file. `where` names the recipe's key in errors. Raises InputError."""
     name = f"demo/{split}" if source == "demo" else Path(source).name
     try:
         path = demo_folder() / DEMO_TEXTS[split] if source == "demo" else Path(source).expanduser()
+        check_plain(path, where)
         content = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(f"{where}: no such file: {source}; a text is `demo` or a UTF-8 file") from None

@@ -205,16 +205,30 @@ def _store(root: Path) -> dict[str, Any]:
                 sizes.append(Path(folder, name).lstat().st_size)
             except OSError:
                 continue
+    mode, others = _openness(root)
     models = root / "models"
     artifacts = sum(1 for p in models.iterdir() if not p.name.startswith(".")) if models.is_dir() else 0
     return {
         "path": str(root),
         "exists": root.is_dir(),
         "writable": place.is_dir() and os.access(place, os.W_OK),
+        "mode": mode,
+        "others_can_read": others,
         "bytes": sum(sizes),
         "artifacts": artifacts,
         "free_bytes": shutil.disk_usage(place).free,
     }
+
+
+def _openness(root: Path) -> tuple[str | None, bool]:
+    """The mode of the store's folder, as 0755, and whether other users of this machine can read what lies in it.
+
+    They can where every folder on the way lets them through and the store itself lets them look. None where there is no store.
+    """
+    if not root.is_dir():
+        return None, False
+    modes = [folder.stat().st_mode for folder in (root.resolve(), *root.resolve().parents)]
+    return f"{modes[0] & 0o7777:04o}", bool(modes[0] & 0o004) and all(mode & 0o001 for mode in modes)
 
 
 def _first_int(path: Path) -> int | None:
@@ -227,6 +241,15 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except OSError:
         return ""
+
+
+def _privacy(place: dict[str, Any]) -> str:
+    """One line: who can read the store."""
+    if place["mode"] is None:
+        return "no store yet; the umask will decide who can read it"
+    if place["others_can_read"]:
+        return f"other users of this machine can read the store (mode {place['mode']}): chmod 700 {place['path']} keeps them out"
+    return f"other users of this machine cannot read the store (mode {place['mode']}, or a folder above it)"
 
 
 def _show(found: dict[str, Any]) -> None:
@@ -257,6 +280,7 @@ def _show(found: dict[str, Any]) -> None:
         ),
         ("ports", ", ".join(f"{port} ({PORTS[int(port)]}): {answer}" for port, answer in found["ports"].items())),
         ("store", f"{place['path']}: {state}, {human_bytes(place['free_bytes'])} of disk free"),
+        ("privacy", _privacy(place)),
         ("hub", found["hub"]),
     ]
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))

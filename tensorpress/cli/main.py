@@ -12,6 +12,7 @@ import typer
 
 from tensorpress.cli.common import BAD_INPUT, FAILED, say_problem
 from tensorpress.errors import InputError, StepError
+from tensorpress.secrets import redact_logs
 
 app = typer.Typer(
     name="tensorpress",
@@ -36,24 +37,25 @@ def quiet() -> None:
     """No warnings, bars or reports of libraries between our lines."""
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")  # what it calls errors is raised as well
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if "transformers" in sys.modules:  # it has read the environment already
         from transformers.utils import logging
 
-        logging.set_verbosity_error()
+        logging.set_verbosity(logging.CRITICAL)
         logging.disable_progress_bar()
 
 
 def main() -> None:
     """Run the command line and exit with its code; an error of the user's is one line, without a traceback."""
     quiet()
+    redact_logs()
     _add_verbs()
     try:
         code = app(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except InputError as error:
-        say_problem(str(error))
+        say_problem("\n".join(" ".join(problem.splitlines()) for problem in error.problems))
         sys.exit(BAD_INPUT)
     except StepError as error:
         say_problem(str(error))
@@ -68,6 +70,9 @@ def main() -> None:
 
 
 def _usage_or_crash(error: Exception) -> None:
+    if isinstance(error, MemoryError):
+        say_problem("there is not enough memory for this; a smaller model, fewer samples, or dtype bfloat16 need less")
+        sys.exit(FAILED)
     shown = getattr(error, "format_message", None)  # click's usage errors, whichever click typer carries
     if shown is not None:
         say_problem(shown())

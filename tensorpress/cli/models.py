@@ -63,8 +63,8 @@ def evaluate(
         list[str] | None,
         typer.Option("--measure", help="Measure this; repeat it for more. All that apply if not given."),
     ] = None,
-    samples: Annotated[int, typer.Option("--samples", min=1, help="Windows of the text.")] = 200,
-    length: Annotated[int, typer.Option("--length", min=8, help="Tokens of a window.")] = 256,
+    samples: Annotated[int, typer.Option("--samples", min=1, max=1_000_000, help="Windows of the text.")] = 200,
+    length: Annotated[int, typer.Option("--length", min=8, max=131_072, help="Tokens of a window.")] = 256,
     pairs: Annotated[
         Path | None, typer.Option("--pairs", help="CSV of sentence pairs with a score, for encoders.")
     ] = None,
@@ -123,12 +123,13 @@ def evaluate(
 def bench(
     model: ModelArgument,
     against: AgainstOption = None,
-    prompt: Annotated[int, typer.Option("--prompt", min=1, help="Tokens of the prompt.")] = 128,
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens that are decoded.")] = 32,
-    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Runs that the median is taken of.")] = 5,
+    prompt: Annotated[int, typer.Option("--prompt", min=1, max=131_072, help="Tokens of the prompt.")] = 128,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, max=131_072, help="Tokens that are decoded.")] = 32,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, max=1000, help="Runs that the median is taken of.")] = 5,
     kernels: KernelsOption = "auto",
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Threads of the CPU; torch's own choice if not given.")
+        int | None,
+        typer.Option("--threads", min=1, max=1024, help="Threads of the CPU; torch's own choice if not given."),
     ] = None,
     dtype: DtypeOption = "float32",
     store: StoreOption = DEFAULT_STORE,
@@ -167,9 +168,13 @@ def inspect(
 def generate(
     model: ModelArgument,
     text: Annotated[str, typer.Argument(metavar="TEXT", help="What the model goes on from.")],
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Most tokens to add.")] = 64,
-    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0: always the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Draws the same tokens again (at a temperature).")] = 0,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, max=131_072, help="Most tokens to add.")] = 64,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, max=1000.0, help="0: always the likeliest token.")
+    ] = 0.0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=2**31 - 1, help="Draws the same tokens again (at a temperature).")
+    ] = 0,
     kernels: KernelsOption = "auto",
     store: StoreOption = DEFAULT_STORE,
 ) -> None:

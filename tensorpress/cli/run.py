@@ -29,6 +29,7 @@ from tensorpress.cli.common import (
     write_json,
 )
 from tensorpress.errors import InputError
+from tensorpress.secrets import redact_all
 
 if TYPE_CHECKING:
     from tensorpress.flows.server import PrefectServer
@@ -88,13 +89,13 @@ def run(
 
     start = time.monotonic()
     check_json_target(json_file)
-    text, folder = _text(recipe)
+    text, folder, overrides = _text(recipe, overrides)
     with _terminable(), prefect_server(store.absolute()) as server:  # comes up while our own libraries do
         from tensorpress.flows.place import working_in
         from tensorpress.flows.request import prepare, written
 
         wanted = {"kind": runner, "parallel": parallel, "address": address}
-        parameters = written(text, overrides or [], kernels=kernels, runner=wanted)
+        parameters = written(text, overrides, kernels=kernels, runner=wanted)
         with working_in(store, folder):
             prepare(parameters)
             from tensorpress.flows.compress import run_flow
@@ -103,6 +104,7 @@ def run(
             open_client(store.absolute())
             with connected(server.wait()), _stoppable(server, store.absolute()), progress_bars():
                 document = _in_thread(lambda: run_flow(parameters))
+    document = redact_all(document)
     document["wall_seconds"] = round(time.monotonic() - start, 3)
     write_json(json_file, contract(document))
     _show(document, store)
@@ -139,22 +141,23 @@ def contract(document: dict[str, Any]) -> dict[str, Any]:
     return {**{key: document[key] for key in first}, **{k: v for k, v in document.items() if k not in first}}
 
 
-def _text(recipe: str) -> tuple[str, Path]:
-    """The text of a recipe, and the folder that its paths belong to."""
-    from tensorpress.recipe import read
+def _text(recipe: str, overrides: list[str] | None) -> tuple[str, Path, list[str]]:
+    """The text of a recipe without secrets, the folder that its paths belong to, and the overrides."""
+    from tensorpress.recipe import read, without_secrets
 
     path = recipe_path(recipe)
-    return read(path), path.absolute().parent
+    text, safe = without_secrets(read(path), overrides or [])
+    return text, path.absolute().parent, safe
 
 
 def _prepare(recipe: str, overrides: list[str] | None, store: Path) -> Plan:
     """Check everything without Prefect or MLflow: bad input is refused in seconds, and nothing is written."""
-    text, folder = _text(recipe)
+    text, folder, overrides = _text(recipe, overrides)
     from tensorpress.flows.place import working_in
     from tensorpress.flows.request import prepare, written
 
     with working_in(store, folder):
-        return prepare(written(text, overrides or []))
+        return prepare(written(text, overrides))
 
 
 def _in_thread(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:

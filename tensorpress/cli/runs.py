@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from tensorpress.cli.common import DEFAULT_STORE, JsonOption, StoreOption, check_json_target, console, write_json
+from tensorpress.cli.common import (
+    DEFAULT_STORE,
+    JsonOption,
+    StoreOption,
+    check_json_target,
+    check_target,
+    console,
+    write_json,
+)
 from tensorpress.errors import InputError
 
 WHICH = "`latest`, a run's id or the first digits of it, or a flow run's id."
@@ -51,7 +58,7 @@ def compare(
 
     check_json_target(json_file)
     if csv_file is not None:
-        _check_target(csv_file, "--csv")
+        check_target(csv_file, "--csv")
     documents = list({run["mlflow_run_id"]: run for run in read_runs(runs, store)}.values())
     rows = comparison(documents)
     console.print(compare_table(rows))
@@ -76,7 +83,7 @@ def report(
     from tensorpress.artifact import write_whole
     from tensorpress.pictures.report import render
 
-    _check_target(out or Path("report.html"), "--out")
+    check_target(out or Path("report.html"), "--out")
     document = read_runs([run], store)[0]
     target = out or Path(f"report-{document['mlflow_run_id'][:8]}.html")
     write_whole(target.absolute(), render(document))
@@ -133,11 +140,3 @@ def differing_conditions(documents: Sequence[dict[str, Any]]) -> list[str]:
         if len(values) > 1:
             found.append(f"{key}: {', '.join(values)}")
     return found
-
-
-def _check_target(target: Path, option: str) -> None:
-    parent = target.absolute().parent
-    if target.is_dir():
-        raise InputError(f"{option} {target}: is a folder; give a file")
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"{option} {target}: its folder {parent} does not exist or cannot be written")

@@ -131,8 +131,9 @@ def show(found: dict[str, Any], layers: bool) -> None:
         lines.append(f"removed: {gone}")
     for number, link in enumerate(found["chain"], start=1):
         seconds = f", {human_seconds(link['seconds'])}" if link.get("seconds") is not None else ""
-        settings = short_config(link["use"], link["config"])
-        lines.append(escape(clean(f"step {number}: {link['step']} ({link['use']} {settings}{seconds})")))
+        use = link.get("use", "")
+        settings = short_config(use, link.get("config", {}))
+        lines.append(escape(clean(f"step {number}: {link['step']} ({use} {settings}{seconds})")))
     if found["whole"]:
         lines.append(f"files: [green]whole[/], as written under {str(found['digest'])[:12]}")
     elif found["problem"]:

@@ -5,6 +5,11 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
+from tensorpress.pictures.tables import clean
+
+LONGEST = 1000
+"""Characters of a cell that are shown."""
+
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; what is in the cells is shown as it is, never read as markup."""
@@ -16,6 +21,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def escaped(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
-    shown = html.escape(" ".join(text.split()), quote=True)
-    return "".join(f"\\{char}" if char in "\\`*_[]|~#" else char for char in shown)
+    """Text that Markdown shows as it is, on one line; an address in it does not become a link."""
+    shown = html.escape(" ".join(clean(text, LONGEST).split()), quote=True).replace("://", "&#58;//")
+    shown = shown.replace("www.", "www&#46;")
+    return "".join(f"\\{char}" if char in "\\`*_[]()!|~" else char for char in shown)

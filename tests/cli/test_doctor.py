@@ -37,6 +37,19 @@ def test_doctor_refuses_a_json_file_that_cannot_be_written(refused):
     assert "--json" in refused("doctor", "--json", "no/such/folder.json")
 
 
+def test_who_can_read_the_store(call, work, tmp_path):
+    store = work / "store"
+    store.mkdir()
+    for folder in (work, *work.parents):  # pytest's own folders let nobody else through
+        if not folder.stat().st_mode & 0o001:
+            assert not doctor._openness(store)[1]
+    assert doctor._openness(work / "none") == (None, False)
+    store.chmod(0o700)
+    assert doctor._openness(store) == ("0700", False)
+    out = " ".join(call("doctor", "--store", store)[1].split())
+    assert "other users of this machine cannot read the store (mode 0700" in out
+
+
 def test_known_bad_versions():
     assert doctor.known_bad({"fastapi": "0.150.9", "sqlalchemy": "2.0.99"}) == []
     assert len(doctor.known_bad({"fastapi": "1.0", "sqlalchemy": "2.1"})) == 2

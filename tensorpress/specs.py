@@ -1,0 +1,111 @@
+"""The specs of an artifact's layers: input from outside, checked before any module is made of them."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, TypeAdapter, ValidationError, model_validator
+from torch import nn
+
+from tensorpress.errors import InputError
+from tensorpress.kernels.mpo_linear import MPOLinear
+from tensorpress.kernels.quantized_linear import QuantizedLinear
+from tensorpress.recipe import explain
+from tensorpress.structure import LINEAR, linear_shape, stub_from_spec
+
+FORMS = ("mpo", "gptq", "removed", "removed_attention", "removed_norm")
+Width = Annotated[StrictInt, Field(ge=1, le=2**31 - 1)]
+Widths = Annotated[list[Width], Field(min_length=1, max_length=32)]
+
+
+class Spec(BaseModel):
+    """What stands at a path; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class MPOSpec(Spec):
+    """`MPOLinear`."""
+
+    form: Literal["mpo"]
+    out_factors: Widths
+    in_factors: Widths
+    bonds: Annotated[list[Width], Field(max_length=31)]
+    bias: StrictBool
+
+    @model_validator(mode="after")
+    def _sites(self) -> MPOSpec:
+        if not len(self.out_factors) == len(self.in_factors) == len(self.bonds) + 1:
+            raise ValueError("n output factors, n input factors and n - 1 bonds")
+        return self
+
+
+class GPTQSpec(Spec):
+    """`QuantizedLinear`."""
+
+    form: Literal["gptq"]
+    in_features: Width
+    out_features: Width
+    bits: Literal[2, 3, 4, 8]
+    group_size: Width | Literal[-1]
+    zero_offset: Literal[0, 1]
+    bias: StrictBool
+
+
+class RemovedSpec(Spec):
+    """`RemovedLinear`."""
+
+    form: Literal["removed"]
+    out_features: Width
+
+
+class RemovedAttentionSpec(Spec):
+    """`RemovedAttention`."""
+
+    form: Literal["removed_attention"]
+    out_features: Width
+    values: Annotated[StrictInt, Field(ge=1, le=16)]
+
+
+class RemovedNormSpec(Spec):
+    """`RemovedNorm`."""
+
+    form: Literal["removed_norm"]
+
+
+_checked: TypeAdapter[Any] = TypeAdapter(
+    Annotated[MPOSpec | GPTQSpec | RemovedSpec | RemovedAttentionSpec | RemovedNormSpec, Field(discriminator="form")]
+)
+
+
+def module_from_spec(spec: Any, path: str = "", replaced: nn.Module | None = None) -> nn.Module:
+    """Build the empty module that a spec describes, with parameters that need no gradient.
+
+    Raises InputError for a spec that cannot be, and for a layer that has not the shape of the one that it stands for.
+    """
+    where = f"artifact: layer {path[:200]}" if path else "artifact: a layer"
+    try:
+        _checked.validate_python(spec)
+    except ValidationError as error:
+        if error.errors()[0]["type"].startswith("union_tag"):
+            form = spec.get("form") if isinstance(spec, dict) else spec
+            raise InputError(f"{where}: unknown form {str(form)[:80]!r}; known: {', '.join(FORMS)}") from None
+        raise InputError(explain(error, where, Spec)[0]) from None
+    if replaced is not None and spec["form"] in ("mpo", "gptq"):
+        _check_shape(where, spec, replaced)
+    if spec["form"] == "mpo":
+        return MPOLinear.from_spec(spec)
+    return QuantizedLinear.from_spec(spec) if spec["form"] == "gptq" else stub_from_spec(spec)
+
+
+def _check_shape(where: str, spec: dict[str, Any], replaced: nn.Module) -> None:
+    if not isinstance(replaced, LINEAR):
+        raise InputError(f"{where}: stands for a {type(replaced).__name__}, which is no linear layer")
+    if spec["form"] == "mpo":
+        shape = math.prod(spec["out_factors"]), math.prod(spec["in_factors"])
+    else:
+        shape = spec["out_features"], spec["in_features"]
+    if shape != linear_shape(replaced):
+        wanted = linear_shape(replaced)
+        raise InputError(f"{where}: has the shape {[*shape]}; the model's is {[*wanted]}")
