@@ -26,6 +26,8 @@ MOST_BRANCHES = 1000
 """Nodes that `each` may make of one step; more is a mistake, and would take for ever."""
 LARGEST = 1_000_000
 """Characters of a recipe."""
+DEEPEST = 32
+"""Keys in the path of an override."""
 MOST_VALUES = 100_000
 """Values of a recipe with its anchors written out; a few lines of anchors on anchors can stand for billions."""
 
@@ -329,7 +331,7 @@ def _kind(value: Any) -> str:
 def _override(data: dict[str, Any], override: str) -> None:
     path, equals, value = override.partition("=")
     keys = path.split(".")
-    if not equals or not all(keys):
+    if not equals or not all(keys) or len(keys) > DEEPEST:
         raise InputError(f"--set {override}: write it as steps.quantize.bits=3")
     target = data
     for key in keys[:-1]:
