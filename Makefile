@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: test-gptq quickstart test lint types imports tests install clean
+.PHONY: audit test-gptq quickstart test lint types imports tests install clean
 
 quickstart: $(STAMP)
 	$(BIN)/tensorpress run recipes/quickstart.yaml
@@ -38,6 +38,10 @@ build/types/tensorpress: $(STAMP)
 
 tests: $(STAMP)
 	$(BIN)/pytest -q
+
+# Known vulnerabilities of what is pinned, where their data can be reached; else says what was compared instead.
+audit: $(STAMP)
+	$(BIN)/python scripts/audit.py
 
 # The extra `gptq` needs another numpy: an environment of its own.
 GPTQ_VENV ?= .venv-gptq

@@ -12,10 +12,10 @@ from prefect.states import Completed, Failed, State
 
 from tensorpress.errors import InputError, StepError
 from tensorpress.flows.parameters import BenchmarkParameters
-from tensorpress.flows.place import enter_folder, here
+from tensorpress.flows.place import at_work, here
 from tensorpress.pictures.markdown import table
 from tensorpress.tasks.bench import bench_model
-from tensorpress.tasks.show import progress_shown, say_failures_once, show_link, show_table
+from tensorpress.tasks.show import progress_shown, show_link, show_table
 from tensorpress.tasks.tracking import track_benchmark
 
 
@@ -29,12 +29,11 @@ def run_name() -> str:
 @flow(name="benchmark", flow_run_name=run_name, persist_result=False, validate_parameters=True)
 def benchmark(parameters: BenchmarkParameters) -> State[dict[str, Any]]:
     """Measure the speed of a model; the state's result is what `tensorpress bench --json` writes."""
-    enter_folder()
-    say_failures_once()
     try:
-        answer = measure_speed(parameters.model_dump())
-        flow_run_id = str(get_run_context().flow_run.id)  # type: ignore[union-attr]
-        experiment_id, run_id = track_benchmark(here().store, answer, flow_run_id)
+        with at_work() as place:
+            answer = measure_speed(parameters.model_dump())
+            flow_run_id = str(get_run_context().flow_run.id)  # type: ignore[union-attr]
+            experiment_id, run_id = track_benchmark(place.store, answer, flow_run_id)
     except (InputError, StepError) as error:
         return Failed(message=str(error), data=error)
     show_link(experiment_id, run_id)

@@ -18,19 +18,20 @@ from prefect.states import Completed, Failed, State
 
 from tensorpress.errors import InputError, StepError
 from tensorpress.flows.graph import Work, run_graph, task_runner, threads_for
-from tensorpress.flows.parameters import WRITTEN, CompressParameters
-from tensorpress.flows.place import enter_folder
+from tensorpress.flows.parameters import CompressParameters
+from tensorpress.flows.place import at_work
 from tensorpress.flows.request import prepare
 from tensorpress.pictures.front import draw_front
 from tensorpress.pictures.graph import draw_graph
 from tensorpress.pictures.layers import draw_layer_map
 from tensorpress.pictures.markdown import table
 from tensorpress.pictures.report import render
+from tensorpress.secrets import redact_all, redact_error
 from tensorpress.tasks.champions import register
 from tensorpress.tasks.evaluate import run_evaluation
 from tensorpress.tasks.load import load_model
 from tensorpress.tasks.planning import Plan, timed
-from tensorpress.tasks.show import results_rows, say_failures_once, show_link, show_table
+from tensorpress.tasks.show import results_rows, show_link, show_table
 from tensorpress.tasks.step import run_step
 from tensorpress.tasks.tracking import Tracker, close_runs_of
 from tensorpress.versions import versions
@@ -40,14 +41,8 @@ def run_name() -> str:
     """The name of a flow run: its recipe and what was changed in the form."""
     given = running.parameters["parameters"]
     parameters = given if isinstance(given, CompressParameters) else CompressParameters.model_validate(given)
-    name = parameters.recipe
-    if name == WRITTEN:
-        try:
-            name = str(yaml.safe_load(parameters.text)["name"])
-        except (yaml.YAMLError, TypeError, KeyError):
-            name = "a recipe that cannot be read"
     changed = [f"{key} {value}" for key, value in parameters.changes().items()] + parameters.overrides
-    return ", ".join([name, *changed])[:200]
+    return ", ".join([parameters.title, *changed])[:200]
 
 
 @flow(name="compress", flow_run_name=run_name, persist_result=False, validate_parameters=True)
@@ -56,11 +51,11 @@ def compress(parameters: CompressParameters) -> State[dict[str, Any]]:
 
     Its state is Failed when a step failed or the input cannot be used, and Completed by the name of `Rejected` when a gate did not hold.
     """
-    enter_folder()
-    say_failures_once()
     try:
-        document = run_recipe(parameters)
+        with at_work():
+            document = run_recipe(parameters)
     except (InputError, StepError) as error:
+        redact_error(error)
         return Failed(message=str(error), data=error)
     return state_of(document)
 
@@ -68,10 +63,10 @@ def compress(parameters: CompressParameters) -> State[dict[str, Any]]:
 def run_flow(parameters: CompressParameters) -> dict[str, Any]:
     """Run the flow from this process and return its run document. Raises what stopped it."""
     state = compress(parameters, return_state=True)
-    result = state.result(raise_on_failure=False)
+    result: Any = state.result(raise_on_failure=False)
     if isinstance(result, BaseException):
         raise result
-    return result
+    return dict(result)
 
 
 def state_of(document: dict[str, Any]) -> State[dict[str, Any]]:
@@ -256,6 +251,7 @@ def _excess(value: float | None, low: float | None, high: float | None) -> float
 
 def _leave(plan: Plan, run: dict[str, Any], tracker: Tracker) -> None:
     """Pictures, report and run document, under the same names in every run."""
+    run = redact_all(run)
     tracker.figure(draw_graph(run), "pictures/graph.png")
     if any(a["leaf"] and a["metrics"] for a in run["artifacts"]):
         tracker.figure(draw_front(run), "pictures/front.png")

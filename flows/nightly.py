@@ -12,22 +12,22 @@ from prefect.states import Completed, Failed, State
 from tensorpress.artifact import Store
 from tensorpress.errors import InputError, StepError
 from tensorpress.flows.compress import compress
-from tensorpress.flows.parameters import NightlyParameters
-from tensorpress.flows.place import enter_folder, here
+from tensorpress.flows.parameters import CompressParameters, NightlyParameters
+from tensorpress.flows.place import at_work
 from tensorpress.pictures.markdown import table
 from tensorpress.tasks.champions import decide
-from tensorpress.tasks.show import say_failures_once, show_table
+from tensorpress.tasks.contest import Decision
+from tensorpress.tasks.show import show_table
 from tensorpress.tasks.tracking import open_client
 
 DAY, GIGABYTE = 86_400, 1e9
 
 
 def run_name() -> str:
-    """The name of a flow run: the deployment's, and how many runs it has."""
+    """The name of a flow run: its recipes."""
     given = running.parameters["parameters"]
     parameters = given if isinstance(given, NightlyParameters) else NightlyParameters.model_validate(given)
-    names = [run.recipe for run in parameters.runs]
-    return f"{running.deployment_name or 'nightly'}: {', '.join(map(str, names))}"[:200]
+    return f"night: {', '.join(run.title for run in parameters.runs)}"[:200]
 
 
 @flow(name="nightly", flow_run_name=run_name, persist_result=False, validate_parameters=True)
@@ -37,50 +37,62 @@ def nightly(parameters: NightlyParameters) -> State[dict[str, Any]]:
     The state's result is {"decisions": [...], "failed": [...]}. Its state is Failed when a run failed, and Completed by the name of
     `Worse` when something got worse.
     """
-    enter_folder()
-    say_failures_once()
-    log, place = get_run_logger(), here()
-    decisions: list[dict[str, Any]] = []
-    failed: list[str] = []
-    pages: list[str] = []
-    for asked in parameters.runs:
-        state = compress(asked, return_state=True)
-        document = state.result(raise_on_failure=False)
-        if not isinstance(document, dict) or document["verdict"] == "FAILED":
-            failed.append(f"{asked.recipe}: {state.message}")
-            log.error(failed[-1])
-            continue
+    night = _Night()
+    with at_work() as place:
+        for asked in parameters.runs:
+            night.run(asked, parameters, place.store)
         try:
-            decision = decide(
-                open_client(place.store),
-                Store(place.store),
-                document,
-                parameters.tolerance,
-                parameters.speed_tolerance,
-                parameters.promote,
-            )
+            _clean(parameters, place.store)
         except (InputError, StepError) as error:
-            failed.append(f"{document['name']}: {error}")
-            log.error(failed[-1])
-            continue
+            night.fail(f"retention: {error}")
+    show_table("nightly", night.page, "every run against the champion of its line")
+    return night.state
+
+
+class _Night:
+    """What came of the runs of a night."""
+
+    def __init__(self) -> None:
+        self.decisions: list[Decision] = []
+        self.failed: list[str] = []
+
+    def run(self, asked: CompressParameters, parameters: NightlyParameters, store: Path) -> None:
+        """Run a recipe as a flow run below this one, and decide about its champion."""
+        state = compress(asked, return_state=True)
+        document: Any = state.result(raise_on_failure=False)
+        if not isinstance(document, dict) or document["verdict"] == "FAILED":
+            self.fail(f"{asked.title}: {state.message}")
+            return
+        tolerances = parameters.tolerance, parameters.speed_tolerance
+        try:
+            decision = decide(open_client(store), Store(store), document, *tolerances, parameters.promote)
+        except (InputError, StepError) as error:
+            self.fail(f"{document['name']}: {error}")
+            return
         for line in decision.says:
-            log.info(line)
-        pages.append(decision.markdown)
-        decisions.append({"line": decision.line, "verdict": decision.verdict, "says": decision.says})
-    try:
-        _clean(parameters, place.store)
-    except (InputError, StepError) as error:
-        failed.append(f"retention: {error}")
-    if failed:
-        pages.append(table(["failed"], [[line] for line in failed]))
-    show_table("nightly", "\n\n".join(pages), "every run against the champion of its line")
-    result = {"decisions": decisions, "failed": failed}
-    if failed:
-        return Failed(message="; ".join(failed)[:1000], data=result)
-    worse = [line for decision in decisions if decision["verdict"] == "worse" for line in decision["says"]]
-    if worse:
-        return Completed(name="Worse", message="; ".join(worse)[:1000], data=result)
-    return Completed(message="; ".join(d["says"][0] for d in decisions)[:1000], data=result)
+            get_run_logger().info(line)
+        self.decisions.append(decision)
+
+    def fail(self, line: str) -> None:
+        get_run_logger().error(line)
+        self.failed.append(line)
+
+    @property
+    def page(self) -> str:
+        """All decisions as Markdown."""
+        failed = [table(["failed"], [[line] for line in self.failed])] if self.failed else []
+        return "\n\n".join([*(decision.markdown for decision in self.decisions), *failed])
+
+    @property
+    def state(self) -> State[dict[str, Any]]:
+        decided = [{"line": d.line, "verdict": d.verdict, "says": d.says} for d in self.decisions]
+        result = {"decisions": decided, "failed": self.failed}
+        worse = [line for decision in self.decisions if decision.verdict == "worse" for line in decision.says]
+        if self.failed:
+            return Failed(message="; ".join(self.failed)[:1000], data=result)
+        if worse:
+            return Completed(name="Worse", message="; ".join(worse)[:1000], data=result)
+        return Completed(message="; ".join(d.says[0] for d in self.decisions)[:1000], data=result)
 
 
 def _clean(parameters: NightlyParameters, store: Path) -> None:

@@ -6,10 +6,10 @@ Only light imports: a server's deployments are made from here, before torch is n
 from __future__ import annotations
 
 import importlib.resources
-from enum import Enum
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 WRITTEN = "the text below"
@@ -24,16 +24,17 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in recipe_folder().glob("*.yaml"))
 
 
-RecipeName = Enum("RecipeName", {name: name for name in [*recipe_names(), WRITTEN]}, type=str)  # type: ignore[misc]
+if TYPE_CHECKING:
+    RecipeName = str
+else:
+    RecipeName = Literal[(*recipe_names(), WRITTEN)]
 """The recipes that come along, as a drop-down list."""
-
-AS_IN_RECIPE = "as in the recipe"
 
 
 class Form(BaseModel):
     """Parameters of a flow: unknown ones are refused."""
 
-    model_config = ConfigDict(extra="forbid", use_enum_values=True)
+    model_config = ConfigDict(extra="forbid")
 
 
 class Runner(Form):
@@ -51,9 +52,7 @@ class Runner(Form):
 class CompressParameters(Form):
     """What a run of a recipe takes."""
 
-    recipe: RecipeName = Field(
-        "quickstart", title="Recipe", description=f"one that comes along, or `{WRITTEN}`", validate_default=True
-    )
+    recipe: RecipeName = Field("quickstart", title="Recipe", description=f"one that comes along, or `{WRITTEN}`")
     model: str = Field(
         "",
         title="Model",
@@ -61,7 +60,7 @@ class CompressParameters(Form):
         description="`demo`, a model folder or a hub id, in place of the recipe's; empty: as in the recipe",
     )
     bits: Literal["as in the recipe", "2", "3", "4", "8"] = Field(
-        AS_IN_RECIPE, title="Bits", description="of every step that quantizes"
+        "as in the recipe", title="Bits", description="of every step that quantizes"
     )
     keep: float | None = Field(
         None, gt=0, lt=1, title="Keep", description="share of the parameters that every decomposition keeps"
@@ -101,10 +100,20 @@ class CompressParameters(Form):
             raise ValueError("tokens or minutes, not both")
         return self
 
+    @property
+    def title(self) -> str:
+        """The name of the recipe."""
+        if self.recipe != WRITTEN:
+            return self.recipe
+        try:
+            return str(yaml.safe_load(self.text)["name"])
+        except (yaml.YAMLError, TypeError, KeyError, ValueError, RecursionError):
+            return "a recipe that cannot be read"
+
     def changes(self) -> dict[str, Any]:
         """Values that the form sets for every step whose method has such a parameter."""
         values = {key: getattr(self, key) for key in ("keep", "remove", "tokens", "minutes")}
-        values["bits"] = None if self.bits == AS_IN_RECIPE else int(self.bits)
+        values["bits"] = None if self.bits == "as in the recipe" else int(self.bits)
         return {key: value for key, value in values.items() if value is not None}
 
 

@@ -41,6 +41,7 @@ def prepare(parameters: CompressParameters) -> Plan:
         folder = recipe_folder()
         text = recipes.read(folder / f"{parameters.recipe}.yaml")
     overrides = [*_form_overrides(parameters, text, folder), *parameters.overrides]
+    text, overrides = recipes.without_secrets(text, overrides)
     recipe = recipes.parse_text(text, METHODS, MEASURES, overrides, folder)
     return make_plan(recipe, Store(place.store), recipes.resolved(text, overrides))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -120,10 +121,10 @@ def _described(client: SyncPrefectClient, deployment: Any) -> Scheduled:
     )
 
 
-def _runs(client: SyncPrefectClient, deployment_id: Any, kinds: list[StateType], sort: FlowRunSort) -> list[Any]:
+def _runs(client: SyncPrefectClient, deployment_id: Any, kinds: Sequence[StateType], sort: FlowRunSort) -> list[Any]:
     return client.read_flow_runs(
         deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment_id])),
-        flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=kinds))),
+        flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(kinds)))),
         sort=sort,
         limit=3,
     )

@@ -147,7 +147,7 @@ class Servers:
             for child in self.children:
                 child.start()
             prefect.wait_healthy(START_SECONDS)
-            self._deploy()
+            self._deploy()  # and tell of runs that were killed with their server
             if options.worker:
                 command = worker_command(self.options.limit)
                 worker = Child(
@@ -263,9 +263,11 @@ class Servers:
 
     def _deploy(self) -> None:
         from tensorpress.flows.deployments import deploy_all
+        from tensorpress.tasks.sweep import sweep_prefect
 
         with self._client() as client:
             deploy_all(client)
+            sweep_prefect(self.store)
 
     @contextlib.contextmanager
     def _client(self) -> Iterator[Any]:

@@ -10,6 +10,8 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Param
 
+from tensorpress.secrets import redact
+
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 """MLflow then opens an experiment with its table of runs and charts, not with the pages for language model applications."""
 LONGEST = 5000
@@ -36,12 +38,12 @@ def step_params(
         said = steps.get(link["step"], {})
         params |= {f"{link['use']}.{key}": _short(value) for key, value in link["config"].items() if key in said}
     params = {key: value for key, value in params.items() if not key.endswith(".use")}
-    return [Param(key, str(value)[:LONGEST]) for key, value in params.items()]
+    return [Param(key, redact(str(value))[:LONGEST]) for key, value in params.items()]
 
 
 def step_tags(config: Mapping[str, Any]) -> dict[str, str]:
     """Tags of a step's run: its whole configuration, defaults included."""
-    return {"tensorpress.config": json.dumps(dict(config))[:LONGEST]}
+    return {"tensorpress.config": redact(json.dumps(dict(config)))[:LONGEST]}
 
 
 def summary_metrics(use: str, report: Mapping[str, Any]) -> dict[str, float]:
@@ -61,7 +63,7 @@ def benchmark_entries(answer: Mapping[str, Any]) -> tuple[str, dict[str, str], l
         "tensorpress.digest": answer["digest"],
         "mlflow.source.type": "JOB",
     }
-    return name, tags, [Param(key, str(value)[:LONGEST]) for key, value in answer["conditions"].items()]
+    return redact(name), tags, [Param(key, redact(str(value))[:LONGEST]) for key, value in answer["conditions"].items()]
 
 
 def link_dataset(client: MlflowClient, run_id: str, data: Mapping[str, str]) -> None:

@@ -7,14 +7,15 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from tensorpress.artifact import Store
 from tensorpress.files import write_whole
 from tensorpress.tasks.alive import is_gone, own_mark
-from tensorpress.tasks.litter import litter, remove_litter
+
+if TYPE_CHECKING:
+    from tensorpress.artifact import Store
 
 TAG = "process-"
 """Tag of a flow run: which process works on it. It has it from its first moment on."""
@@ -86,7 +87,7 @@ def _mark_crashed(client: Any, known: dict[str, Any]) -> int:
     about = {"id": {"any_": [known["flow_run_id"]]}} if known["flow_run_id"] else {"tags": {"all_": [known["tag"]]}}
     at_work = {"state": {"type": {"any_": AT_WORK}}}
     runs = client.read_flow_runs(flow_run_filter=filters.FlowRunFilter.model_validate({**about, **at_work}))
-    state = Crashed(message="its process was gone")
+    state: Any = Crashed(message="its process was gone")
     for run in runs:
         tasks = client.read_task_runs(
             flow_run_filter=filters.FlowRunFilter.model_validate({"id": {"any_": [run.id]}}),
@@ -99,6 +100,8 @@ def _mark_crashed(client: Any, known: dict[str, Any]) -> int:
 
 
 def _sweep_files(store: Store) -> None:
+    from tensorpress.tasks.litter import litter, remove_litter
+
     for item in litter(store, time.time()):
         if item.kind in ("part", "trash"):
             with contextlib.suppress(OSError):

@@ -5,6 +5,7 @@ Pictures of each page are left in `build/screenshots`, for a person to look at.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -19,9 +20,14 @@ SWITCHES = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    assert chromium, "no chromium on this machine; `make browser` installs Debian's"
+    from playwright import sync_api as playwright
+
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        assert "TENSORPRESS_NEEDS_BROWSER" not in os.environ, "CI has no chromium"
+        pytest.skip(
+            "no chromium on this machine: what a browser sees was NOT tested (Debian: apt-get install chromium)"
+        )
     PICTURES.mkdir(parents=True, exist_ok=True)
     with playwright.sync_playwright() as driver:
         started = driver.chromium.launch(executable_path=chromium, args=SWITCHES)
@@ -96,8 +102,8 @@ def _compare(page: Any, served: Any, flow_run_id: str) -> None:
     assert len(runs) == 3 and {tuple(sorted(run.data.metrics)) for run in runs} == {tuple(sorted(runs[0].data.metrics))}
     ids = ",".join(f'"{run.info.run_id}"' for run in runs)
     page.goto(f"{served.mlflow}/#/experiments/{experiment}/runs")
-    page.get_by_text("quantize[quantize.bits=4]").first.wait_for()
-    page.wait_for_timeout(2000)
+    page.get_by_text("quantize[quantize.bits=4]").first.wait_for(state="attached")
+    page.wait_for_timeout(5000)
     page.screenshot(path=PICTURES / "mlflow-experiment.png", full_page=True)
     page.goto(f'{served.mlflow}/#/compare-runs?runs=[{ids}]&experiments=["{experiment}"]')
     page.get_by_text("Parallel Coordinates").first.wait_for()
