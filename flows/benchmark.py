@@ -13,10 +13,6 @@ from prefect.states import Completed, Failed, State
 from tensorpress.errors import InputError, StepError
 from tensorpress.flows.parameters import BenchmarkParameters
 from tensorpress.flows.place import at_work, here
-from tensorpress.pictures.markdown import table
-from tensorpress.tasks.bench import bench_model
-from tensorpress.tasks.show import progress_shown, show_link, show_table
-from tensorpress.tasks.tracking import track_benchmark
 
 
 def run_name() -> str:
@@ -27,8 +23,12 @@ def run_name() -> str:
 
 
 @flow(name="benchmark", flow_run_name=run_name, persist_result=False, validate_parameters=True)
-def benchmark(parameters: BenchmarkParameters) -> State[dict[str, Any]]:
+def benchmark(parameters: BenchmarkParameters = BenchmarkParameters()) -> State[dict[str, Any]]:  # noqa: B008
     """Measure the speed of a model; the state's result is what `tensorpress bench --json` writes."""
+    from tensorpress.pictures.markdown import table
+    from tensorpress.tasks.show import show_link, show_table
+    from tensorpress.tasks.tracking import track_benchmark
+
     try:
         with at_work() as place:
             answer = measure_speed(parameters.model_dump())
@@ -46,6 +46,9 @@ def benchmark(parameters: BenchmarkParameters) -> State[dict[str, Any]]:
 @task(name="measure", task_run_name="speed of {asked[model]}", cache_policy=NO_CACHE, persist_result=False)
 def measure_speed(asked: dict[str, Any]) -> dict[str, Any]:
     """Measure; the arguments are those of `BenchmarkParameters`."""
+    from tensorpress.tasks.bench import bench_model
+    from tensorpress.tasks.show import progress_shown
+
     against = asked.pop("against") or None
     with progress_shown(f"speed of {asked['model']}"):
         return bench_model(**asked, against=against, store=here().store)

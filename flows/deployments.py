@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
+from prefect import Flow
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
-from prefect.utilities.callables import parameter_schema
 
-from tensorpress.flows.parameters import BenchmarkParameters, CompressParameters, NightlyParameters
+from tensorpress.flows.benchmark import benchmark
+from tensorpress.flows.compress import compress
+from tensorpress.flows.nightly import nightly
 from tensorpress.flows.place import POOL
 
 TAG = "tensorpress"
 
 
-def compress(parameters: CompressParameters = CompressParameters()) -> None:  # noqa: B008
-    """Run a recipe: every step on every branch, measured, judged and tracked in MLflow."""
-
-
-def nightly(parameters: NightlyParameters = NightlyParameters()) -> None:  # noqa: B008
-    """Run recipes one after the other, hold each against its champion, promote what is better, and say what got worse."""
-
-
-def benchmark(parameters: BenchmarkParameters = BenchmarkParameters()) -> None:  # noqa: B008
-    """Measure the speed of a model, beside its original, and track it in MLflow."""
-
-
-FLOWS: dict[str, tuple[str, Callable[..., None]]] = {
-    "compress": ("tensorpress.flows.compress.compress", compress),
-    "nightly": ("tensorpress.flows.nightly.nightly", nightly),
-    "benchmark": ("tensorpress.flows.benchmark.benchmark", benchmark),
-}
-"""Entry point of each flow, and a function with the same parameters that is light to import."""
+FLOWS: dict[str, Flow[..., Any]] = {"compress": compress, "nightly": nightly, "benchmark": benchmark}
 
 
 def deploy_all(client: SyncPrefectClient) -> None:
@@ -66,15 +50,14 @@ def deploy(
     tags: tuple[str, ...] = (),
 ) -> Any:
     """Make or renew the deployment `flow/name`; returns its id. `parameters` are the defaults of its form."""
-    entrypoint, function = FLOWS[flow]
-    schema = parameter_schema(function).model_dump_for_openapi()
+    deployed = FLOWS[flow]
     return client.create_deployment(
         flow_id=client.create_flow_from_name(flow),
         name=name,
-        description=function.__doc__,
-        entrypoint=entrypoint,
+        description=deployed.description,
+        entrypoint=f"tensorpress.flows.{flow}.{flow}",
         parameters=parameters,
-        parameter_openapi_schema=schema,
+        parameter_openapi_schema=deployed.parameters.model_dump_for_openapi(),
         enforce_parameter_schema=True,
         work_pool_name=POOL,
         schedules=schedules,

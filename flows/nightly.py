@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from prefect import flow, get_run_logger
+from prefect import flow
 from prefect.runtime import flow_run as running
-from prefect.states import Completed, Failed, State
+from prefect.states import State
 
-from tensorpress.artifact import Store
 from tensorpress.errors import InputError, StepError
-from tensorpress.flows.compress import compress
-from tensorpress.flows.parameters import CompressParameters, NightlyParameters
+from tensorpress.flows.parameters import NightlyParameters
 from tensorpress.flows.place import at_work
-from tensorpress.pictures.markdown import table
-from tensorpress.tasks.champions import decide
-from tensorpress.tasks.contest import Decision
-from tensorpress.tasks.show import show_table
-from tensorpress.tasks.tracking import open_client
-
-DAY, GIGABYTE = 86_400, 1e9
 
 
 def run_name() -> str:
@@ -31,76 +21,22 @@ def run_name() -> str:
 
 
 @flow(name="nightly", flow_run_name=run_name, persist_result=False, validate_parameters=True)
-def nightly(parameters: NightlyParameters) -> State[dict[str, Any]]:
+def nightly(parameters: NightlyParameters = NightlyParameters()) -> State[dict[str, Any]]:  # noqa: B008
     """Run recipes, promote what passes its gates and is not worse than the champion, remove what is old.
 
     The state's result is {"decisions": [...], "failed": [...]}. Its state is Failed when a run failed, and Completed by the name of
     `Worse` when something got worse.
     """
-    night = _Night()
+    from tensorpress.flows.night import Night, clean
+    from tensorpress.tasks.show import show_table
+
+    night = Night()
     with at_work() as place:
         for asked in parameters.runs:
             night.run(asked, parameters, place.store)
         try:
-            _clean(parameters, place.store)
+            clean(parameters, place.store)
         except (InputError, StepError) as error:
             night.fail(f"retention: {error}")
     show_table("nightly", night.page, "every run against the champion of its line")
     return night.state
-
-
-class _Night:
-    """What came of the runs of a night."""
-
-    def __init__(self) -> None:
-        self.decisions: list[Decision] = []
-        self.failed: list[str] = []
-
-    def run(self, asked: CompressParameters, parameters: NightlyParameters, store: Path) -> None:
-        """Run a recipe as a flow run below this one, and decide about its champion."""
-        state = compress(asked, return_state=True)
-        document: Any = state.result(raise_on_failure=False)
-        if not isinstance(document, dict) or document["verdict"] == "FAILED":
-            self.fail(f"{asked.title}: {state.message}")
-            return
-        tolerances = parameters.tolerance, parameters.speed_tolerance
-        try:
-            decision = decide(open_client(store), Store(store), document, *tolerances, parameters.promote)
-        except (InputError, StepError) as error:
-            self.fail(f"{document['name']}: {error}")
-            return
-        for line in decision.says:
-            get_run_logger().info(line)
-        self.decisions.append(decision)
-
-    def fail(self, line: str) -> None:
-        get_run_logger().error(line)
-        self.failed.append(line)
-
-    @property
-    def page(self) -> str:
-        """All decisions as Markdown."""
-        failed = [table(["failed"], [[line] for line in self.failed])] if self.failed else []
-        return "\n\n".join([*(decision.markdown for decision in self.decisions), *failed])
-
-    @property
-    def state(self) -> State[dict[str, Any]]:
-        decided = [{"line": d.line, "verdict": d.verdict, "says": d.says} for d in self.decisions]
-        result = {"decisions": decided, "failed": self.failed}
-        worse = [line for decision in self.decisions if decision.verdict == "worse" for line in decision.says]
-        if self.failed:
-            return Failed(message="; ".join(self.failed)[:1000], data=result)
-        if worse:
-            return Completed(name="Worse", message="; ".join(worse)[:1000], data=result)
-        return Completed(message="; ".join(d.says[0] for d in self.decisions)[:1000], data=result)
-
-
-def _clean(parameters: NightlyParameters, store: Path) -> None:
-    """Remove what the retention rule of the form says, and tell what went."""
-    if parameters.keep_days is None and parameters.keep_gigabytes is None:
-        return
-    from tensorpress.tasks.retention import Rule, retain
-
-    seconds = None if parameters.keep_days is None else parameters.keep_days * DAY
-    size = None if parameters.keep_gigabytes is None else parameters.keep_gigabytes * GIGABYTE
-    get_run_logger().info("%s", retain(Store(store), Rule(unused_seconds=seconds, store_bytes=size)))

@@ -55,6 +55,7 @@ class PrefectServer:
             os.environ.setdefault(name, value)
         self._meeting: Meeting | None = None
         self._stopped = threading.Event()
+        self._watcher: threading.Thread | None = None
         served = read_state(store)
         places = (os.environ.get("PREFECT_API_URL"), f"{served.prefect}/api" if served else None, DEFAULT_ADDRESS)
         self.address = next((place for place in places if place and _takes_us(place, store)), "")
@@ -76,12 +77,15 @@ class PrefectServer:
         os.environ["PREFECT_API_URL"] = self.address
         if self._meeting is not None:
             self._meeting.keep()
-            threading.Thread(target=self._watch, args=(self._meeting,), daemon=True).start()
+            self._watcher = threading.Thread(target=self._watch, args=(self._meeting,), daemon=True)
+            self._watcher.start()
         return self.address
 
     def stop(self) -> None:
         """Use the server no longer."""
         self._stopped.set()
+        if self._watcher is not None:  # it must not take for dead what is ended here
+            self._watcher.join()
         if self._meeting is not None:
             if os.environ.get("PREFECT_API_URL") == self.address:
                 del os.environ["PREFECT_API_URL"]

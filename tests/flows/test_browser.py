@@ -98,7 +98,8 @@ def _compare(page: Any, served: Any, flow_run_id: str) -> None:
     page.screenshot(path=PICTURES / "mlflow-run.png", full_page=True)
     experiment = re.search(r"/experiments/(\d+)", link).group(1)
     client = _client(served)
-    runs = client.search_runs([experiment], "tags.`tensorpress.node` LIKE 'quantize%'")
+    (parent,) = client.search_runs([experiment], f"tags.`tensorpress.flow_run_id` = '{flow_run_id}'")
+    runs = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
     assert len(runs) == 3 and {tuple(sorted(run.data.metrics)) for run in runs} == {tuple(sorted(runs[0].data.metrics))}
     ids = ",".join(f'"{run.info.run_id}"' for run in runs)
     page.goto(f"{served.mlflow}/#/experiments/{experiment}/runs")

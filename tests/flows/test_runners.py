@@ -31,6 +31,7 @@ def overlap(address: str, flow_run_id: str) -> bool:
     spans = sorted(
         (t["start_time"], t["end_time"]) for t in tasks if ": heal" in t["name"] and "evaluate" not in t["name"]
     )
+    print(spans)
     return len(spans) == 2 and spans[1][0] < spans[0][1]
 
 

@@ -170,7 +170,7 @@ def test_failing_step_fails_the_run_and_keeps_the_others(address, recipe, place,
 def test_the_worst_branch_of_a_gate():
     from types import SimpleNamespace
 
-    from tensorpress.flows.compress import judge
+    from tensorpress.flows.running import judge
     from tensorpress.recipe import Gate
 
     def leaf(node, **metrics):

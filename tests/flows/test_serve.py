@@ -6,14 +6,18 @@ import json
 import re
 import signal
 import stat
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
+from prefect.flows import load_flow_from_entrypoint
 
 from tensorpress.flows import deployments
+from tensorpress.flows.parameters import CompressParameters
 from tensorpress.flows.serving import Options, check
 
 
@@ -82,21 +86,23 @@ def test_servers_listen_on_this_machine_alone(served):
     assert heard == {"127.0.0.1"}
 
 
-def test_forms_are_those_of_the_flows(served):
-    from prefect.utilities.callables import parameter_schema
-
-    from tensorpress.flows import benchmark, compress, nightly
-
-    real = {"compress": compress.compress, "nightly": nightly.nightly, "benchmark": benchmark.benchmark}
-    for name, (entrypoint, light) in deployments.FLOWS.items():
-        assert entrypoint == f"tensorpress.flows.{name}.{real[name].name}"
-        ours = parameter_schema(light).model_dump_for_openapi()["definitions"]
-        assert ours == parameter_schema(real[name].fn).model_dump_for_openapi()["definitions"]
+def test_the_forms(served):
+    for name, flow in deployments.FLOWS.items():
+        assert load_flow_from_entrypoint(f"tensorpress.flows.{name}.{name}").name == name
         deployed = served.deployment(f"{name}/{name}")
-        assert deployed["enforce_parameter_schema"] and deployed["parameter_openapi_schema"]["definitions"] == ours
-    fields = deployments.CompressParameters.model_json_schema()["properties"]
+        assert deployed["enforce_parameter_schema"]
+        assert deployed["parameter_openapi_schema"] == json.loads(json.dumps(flow.parameters.model_dump_for_openapi()))
+    fields = CompressParameters.model_json_schema()["properties"]
     for name in ("recipe", "model", "bits", "keep", "tokens", "minutes"):
         assert fields[name]["title"] and fields[name]["description"], name
+    assert {"quickstart", "the text below"} <= set(fields["recipe"]["enum"]) and "4" in fields["bits"]["enum"]
+
+
+def test_the_flows_are_light_to_import():
+    """Servers need their forms, and Prefect imports the flow again for the hooks of a cancelled run, which must not take long."""
+    code = "import sys, tensorpress.flows.deployments; print({'torch', 'mlflow', 'transformers', 'matplotlib'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"
 
 
 @pytest.mark.parametrize(
