@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import threading
@@ -63,7 +64,8 @@ def _next(waiting: Mapping[str, Work], finished: Mapping[str, Any], running: lis
 
 def _tell(name: str, future: PrefectFuture[Any], done: queue.SimpleQueue[str]) -> None:
     try:
-        future.wait()
+        with contextlib.suppress(Exception):  # what failed is in the future's state, or it has none
+            future.wait()
     finally:
         done.put(name)
 

@@ -113,6 +113,7 @@ def _evaluation_job(plan: Plan, kernels: str) -> dict[str, Any]:
         "store": str(plan.store.root),
         "demo": plan.recipe.model.source == "demo" and spec.source == "demo",
         "kernels": kernels,
+        "limits": plan.recipe.limits.model_dump(),
     }
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 from uuid import UUID
 
+import httpx
 from prefect.artifacts import (
     create_link_artifact,
     create_markdown_artifact,
@@ -24,6 +25,7 @@ from tensorpress.tasks.progress import task_sink
 
 LONG, BETWEEN = 3.0, 2.0
 """Seconds after which work is long enough to be shown, and between two updates."""
+NO_SERVER = (PrefectException, httpx.HTTPError, OSError, RuntimeError)
 MLFLOW_VARIABLE = "TENSORPRESS_MLFLOW_UI"
 """The address of MLflow's pages; a server sets it for its runs."""
 
@@ -40,6 +42,8 @@ class _Progress:
         self.label = label
         self.began: dict[str, float] = {}
         self.shown: dict[str, tuple[UUID, float]] = {}
+        self.lost = False
+        """Whether the server did not answer: it is not asked again, since every request would be tried for a minute."""
 
     def __call__(self, node: str, what: str, done: int, total: int) -> None:
         now = time.monotonic()
@@ -49,12 +53,14 @@ class _Progress:
         if (artifact is None and (over or now - began < LONG)) or (now - last < BETWEEN and not over):
             return
         share = 100.0 * done / max(total, 1)
-        with contextlib.suppress(PrefectException, OSError, RuntimeError):
+        try:
             if artifact is None:
                 name = key(f"{self.label} {what}")
                 artifact = create_progress_artifact(share, key=name, description=f"{self.label}: {what}")  # type: ignore[assignment]
             else:
                 update_progress_artifact(artifact, progress=share)
+        except NO_SERVER:
+            self.lost = True
         if artifact is not None:
             self.shown[what] = artifact, now
 
@@ -68,7 +74,7 @@ def progress_shown(label: str) -> Iterator[None]:
 
 def show_table(name: str, markdown: str, description: str) -> None:
     """Leave a table with the run, under one key, so that runs can be leafed through."""
-    with contextlib.suppress(PrefectException, OSError):
+    with contextlib.suppress(*NO_SERVER):
         create_markdown_artifact(markdown, key=key(name), description=description)
 
 
@@ -78,7 +84,7 @@ def show_link(experiment_id: str, run_id: str) -> str | None:
     if not address:
         return None
     link = f"{address.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
-    with contextlib.suppress(PrefectException, OSError):
+    with contextlib.suppress(*NO_SERVER):
         create_link_artifact(
             link, link_text="This run in MLflow", key="mlflow-run", description="metrics, pictures, report"
         )

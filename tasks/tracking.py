@@ -237,6 +237,7 @@ def track_benchmark(store: Path, answer: Mapping[str, Any], flow_run_id: str) ->
     answer = {**answer, "flow_run_id": flow_run_id}
     experiment = _experiment(client, BENCHMARKS, store)
     name, tags, params = benchmark_entries(answer)
+    tags |= {f"{MARK}{key}": value for key, value in own_mark().items()}
     run = client.create_run(experiment, tags=tags, run_name=name)
     now = int(time.time() * 1000)
     metrics = [Metric(key, float(value), now, 0) for key, value in answer["metrics"].items()]

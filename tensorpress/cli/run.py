@@ -180,10 +180,12 @@ def _terminable() -> Iterator[None]:
 @contextmanager
 def _stoppable(server: PrefectServer, store: Path) -> Iterator[None]:
     """Ctrl-C and SIGTERM end the run at once: the server goes, MLflow hears of it, a half-written artifact never had its name."""
+    from tensorpress.tasks.isolate import stop_isolated
     from tensorpress.tasks.tracking import close_runs_of
 
     def stop(number: int, frame: Any) -> None:
         try:
+            stop_isolated()
             server.stop()
             close_runs_of(store, os.getpid())
             say_problem("stopped; what was finished is kept, run the same command again to go on")
