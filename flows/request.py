@@ -15,6 +15,7 @@ from tensorpress.evaluators.catalog import MEASURES
 from tensorpress.flows.parameters import WRITTEN, CompressParameters, recipe_folder
 from tensorpress.flows.place import here
 from tensorpress.recipe import Recipe
+from tensorpress.recipe_text import read, resolved, without_secrets
 from tensorpress.tasks.planning import Plan, check_kernels, make_plan
 
 INSTEAD = {"tokens": "minutes", "minutes": "tokens", "keep": "bond_dimension"}
@@ -39,11 +40,11 @@ def prepare(parameters: CompressParameters) -> Plan:
     text, folder = parameters.text, place.folder
     if parameters.recipe != WRITTEN:
         folder = recipe_folder()
-        text = recipes.read(folder / f"{parameters.recipe}.yaml")
+        text = read(folder / f"{parameters.recipe}.yaml")
     overrides = [*_form_overrides(parameters, text, folder), *parameters.overrides]
-    text, overrides = recipes.without_secrets(text, overrides)
+    text, overrides = without_secrets(text, overrides)
     recipe = recipes.parse_text(text, METHODS, MEASURES, overrides, folder)
-    return make_plan(recipe, Store(place.store), recipes.resolved(text, overrides))
+    return make_plan(recipe, Store(place.store), resolved(text, overrides))
 
 
 def _form_overrides(parameters: CompressParameters, text: str, folder: Path) -> list[str]:

@@ -20,7 +20,7 @@ def compress(
     from tensorpress.flows.place import working_in
     from tensorpress.flows.request import prepare, written
     from tensorpress.flows.server import connected, prefect_server
-    from tensorpress.recipe import read
+    from tensorpress.recipe_text import read
 
     folder = Path.cwd()
     if isinstance(recipe, dict):

@@ -7,29 +7,22 @@ after a branching step is done once for each branch, and branches share everythi
 from __future__ import annotations
 
 import itertools
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tensorpress.errors import InputError, nearest
-from tensorpress.secrets import redact, redact_all
+from tensorpress.recipe_text import kind_of, load_yaml, override, shown
+from tensorpress.secrets import redact
 
 ROOT = "model"
 MOST_BRANCHES = 1000
 """Nodes that `each` may make of one step; more is a mistake, and would take for ever."""
-LARGEST = 1_000_000
-"""Characters of a recipe."""
-DEEPEST = 32
-"""Keys in the path of an override."""
-MOST_VALUES = 100_000
-"""Values of a recipe with its anchors written out; a few lines of anchors on anchors can stand for billions."""
 
 
 class Part(BaseModel):
@@ -165,72 +158,6 @@ class Recipe(Part):
         return chain[::-1]
 
 
-def read(path: str | Path) -> str:
-    """The text of a recipe file. Raises InputError with one line."""
-    path = Path(path)
-    try:
-        piped = str(path) == "/dev/stdin" or str(path).startswith("/dev/fd/")  # the shell's <(...)
-        if path.exists() and not (path.is_file() or path.is_dir() or piped):
-            raise InputError(f"{path}: is no plain file; a recipe is a YAML file")
-        with path.open(encoding="utf-8") as file:
-            text = file.read(LARGEST + 1)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such recipe file") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
-    if len(text) > LARGEST:
-        raise InputError(f"{path}: has more than {LARGEST:,} characters, which no recipe has")
-    return text
-
-
-def without_secrets(text: str, overrides: Sequence[str]) -> tuple[str, list[str]]:
-    """A recipe's text and overrides for the places that keep them: what only people read is redacted.
-
-    Raises InputError where a value that does something holds a secret: it would be kept with every run. What is no recipe
-    comes back as it is, for `parse_text` to say why.
-    """
-    try:
-        data = _overridden(text, overrides)
-    except (ValueError, InputError):
-        return text, [*overrides]
-    if not isinstance(data, dict):
-        return text, [*overrides]
-    for key, value in data.items():
-        if key != "description" and (redact_all(value) != value or redact(str(key)) != str(key)):
-            raise InputError(
-                f"{redact(str(key))}: holds a secret (a token, a password in an address, or the value of a variable such as "
-                "HF_TOKEN), which would be kept with the run; name what it means in another way"
-            )
-    safe, safe_overrides = redact(text), [_redact_override(override) for override in overrides]
-    masked = {key: redact_all(value) for key, value in data.items()}
-    try:
-        same = _overridden(safe, safe_overrides) == masked
-    except (ValueError, InputError):  # `***` at the beginning of a value is an alias
-        same = False
-    return (safe, safe_overrides) if same else (yaml.safe_dump(masked, sort_keys=False, allow_unicode=True), [])
-
-
-def _redact_override(override: str) -> str:
-    path, equals, value = override.partition("=")
-    safe = redact(value)
-    return override if safe == value else f"{path}{equals}{json.dumps(safe)}"
-
-
-def _overridden(text: str, overrides: Sequence[str]) -> Any:
-    data = _load_yaml(text)
-    for override in overrides if isinstance(data, dict) else ():
-        _override(data, override)
-    return data
-
-
-def resolved(text: str, overrides: Sequence[str]) -> str:
-    """The YAML text of a recipe with its overrides in it; as it was written where there are none."""
-    if not overrides:
-        return text
-    data = _overridden(text, overrides)
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
-
-
 def parse_text(
     text: str,
     methods: Mapping[str, type[Method]],
@@ -244,11 +171,11 @@ def parse_text(
     `overrides` are strings like `steps.quantize.bits=3`. Raises InputError with one line for each problem.
     """
     try:
-        data = _load_yaml(text)
+        data = load_yaml(text)
     except ValueError as error:
         raise InputError(f"{name}:{error}") from None
     if not isinstance(data, dict):
-        raise InputError(f"{name}: a recipe is a mapping with name, model, steps; found {_kind(data)}")
+        raise InputError(f"{name}: a recipe is a mapping with name, model, steps; found {kind_of(data)}")
     overrides = tuple(overrides)
     _refuse_paths_outside(data, folder, name, [override.partition("=")[0] for override in overrides])
     return parse(data, methods, measures, overrides)
@@ -258,14 +185,14 @@ def parse(
     data: dict[str, Any], methods: Mapping[str, type[Method]], measures: Mapping[str, Any], overrides: Any = ()
 ) -> Recipe:
     """Check a recipe given as a mapping; see `read`."""
-    for override in overrides:
-        _override(data, override)
+    for change in overrides:
+        override(data, change)
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
         raise InputError(*explain(error, "", Recipe)) from None
     problems = [
-        f"evaluate: {_shown(name)} is not a measure{nearest(name, measures)}; known: {', '.join(sorted(measures))}"
+        f"evaluate: {shown(name)} is not a measure{nearest(name, measures)}; known: {', '.join(sorted(measures))}"
         for name in recipe.evaluate.use
         if name not in measures
     ]
@@ -275,73 +202,6 @@ def parse(
     recipe.__dict__["nodes"] = _expand(recipe, methods)
     _check_order(recipe)
     return recipe
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key that is given twice."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        seen = set()
-        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else []:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-            if isinstance(key, str):
-                seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _load_yaml(text: str) -> Any:
-    """The value of a YAML text. Raises ValueError that says what is wrong, and in which line where that is known."""
-    try:
-        value = yaml.load(text, Loader=_StrictLoader)
-        size = _size(value, {})
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" line {where.line + 1}" if where else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ValueError(f"{line} is not YAML: {problem}") from None
-    except RecursionError:
-        raise ValueError(" is not YAML that can be read: it is nested too deeply") from None
-    except Exception as error:  # PyYAML's constructors raise all sorts of things for values such as 2001-99-99
-        raise ValueError(f" is not YAML: it has a value that cannot be read ({_shown(str(error))})") from None
-    if size > MOST_VALUES:
-        raise ValueError(f" is not YAML that can be read: its anchors stand for more than {MOST_VALUES} values")
-    return value
-
-
-def _size(value: Any, known: dict[int, int]) -> int:
-    """Number of values in a value; one that holds itself is endless."""
-    if not isinstance(value, (dict, list, tuple)):
-        return 1
-    if id(value) not in known:
-        known[id(value)] = MOST_VALUES + 1
-        parts = [*value, *value.values()] if isinstance(value, dict) else value
-        known[id(value)] = 1 + sum(_size(part, known) for part in parts)
-    return known[id(value)]
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "a mapping", list: "a list", str: "text", type(None): "nothing", bool: "true or false"}
-    return names.get(type(value), f"{type(value).__name__} {value!r}")
-
-
-def _override(data: dict[str, Any], override: str) -> None:
-    path, equals, value = override.partition("=")
-    keys = path.split(".")
-    if not equals or not all(keys) or len(keys) > DEEPEST:
-        raise InputError(f"--set {override}: write it as steps.quantize.bits=3")
-    target = data
-    for key in keys[:-1]:
-        target = target.setdefault(key, {})
-        if not isinstance(target, dict):
-            raise InputError(f"--set {path}: {key} is not a mapping")
-    try:
-        target[keys[-1]] = _load_yaml(value)
-    except ValueError:
-        raise InputError(f"--set {path}: {value!r} is not a YAML value") from None
 
 
 def _refuse_paths_outside(data: dict[str, Any], folder: Path, name: str, overridden: list[str]) -> None:
@@ -364,7 +224,7 @@ def _refuse_paths_outside(data: dict[str, Any], folder: Path, name: str, overrid
                 continue
             target = Path(value).expanduser().resolve()
         except (OSError, RuntimeError, ValueError):
-            raise InputError(f"{where}: {_shown(value)} cannot be a path") from None
+            raise InputError(f"{where}: {shown(value)} cannot be a path") from None
         if not any(target.is_relative_to(place) for place in allowed):
             raise InputError(
                 f"{where}: {value} lies outside the recipe's folder and the working folder; "
@@ -387,13 +247,8 @@ def explain(error: ValidationError, prefix: str, model: type[BaseModel]) -> list
             lines.append(f"{path}: is missing")
         else:
             message = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-            lines.append(f"{path}: found {_shown(found)}, expected {message}")
+            lines.append(f"{path}: found {shown(found)}, expected {message}")
     return lines
-
-
-def _shown(value: Any) -> str:
-    text = repr(value) if isinstance(value, (str, int, float, bool)) else _kind(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _fields_at(model: Any, location: tuple[Any, ...]) -> list[str]:
@@ -418,10 +273,10 @@ def _order_problems(steps: dict[str, dict[str, Any]]) -> list[str]:
         if after is None:
             problems.append(f"steps.{name}.after: is missing; it names a step, or `{ROOT}`")
         elif not isinstance(after, str):
-            problems.append(f"steps.{name}.after: found {_shown(after)}, expected the name of one step, or `{ROOT}`")
+            problems.append(f"steps.{name}.after: found {shown(after)}, expected the name of one step, or `{ROOT}`")
         elif after not in steps and after != ROOT:
             hint = nearest(after, [*steps, ROOT])
-            problems.append(f"steps.{name}.after: no step {_shown(after)}{hint}; known: {', '.join([ROOT, *steps])}")
+            problems.append(f"steps.{name}.after: no step {shown(after)}{hint}; known: {', '.join([ROOT, *steps])}")
     if problems:
         return problems
     for name in steps:
@@ -495,7 +350,7 @@ def _method(
         return None
     if not isinstance(use, str) or use not in methods:
         hint = nearest(use, methods) if isinstance(use, str) else ""
-        problems.append(f"steps.{name}.use: no method {_shown(use)}{hint}; known: {', '.join(sorted(methods))}")
+        problems.append(f"steps.{name}.use: no method {shown(use)}{hint}; known: {', '.join(sorted(methods))}")
         return None
     try:
         return methods[use].model_validate(values)

@@ -143,7 +143,7 @@ def contract(document: dict[str, Any]) -> dict[str, Any]:
 
 def _text(recipe: str, overrides: list[str] | None) -> tuple[str, Path, list[str]]:
     """The text of a recipe without secrets, the folder that its paths belong to, and the overrides."""
-    from tensorpress.recipe import read, without_secrets
+    from tensorpress.recipe_text import read, without_secrets
 
     path = recipe_path(recipe)
     text, safe = without_secrets(read(path), overrides or [])

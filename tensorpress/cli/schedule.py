@@ -84,7 +84,7 @@ def _parameters(
     from tensorpress.flows.parameters import NightlyParameters
     from tensorpress.flows.place import working_in
     from tensorpress.flows.request import absolute_paths, prepare, written
-    from tensorpress.recipe import read
+    from tensorpress.recipe_text import read
 
     runs = []
     for recipe in recipes:

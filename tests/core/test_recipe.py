@@ -15,7 +15,8 @@ from tensorpress.compressors.decompose.mpo import MPO
 from tensorpress.compressors.quantize.gptq import GPTQ
 from tensorpress.errors import InputError
 from tensorpress.evaluators.catalog import MEASURES
-from tensorpress.recipe import parse, parse_text, read
+from tensorpress.recipe import parse, parse_text
+from tensorpress.recipe_text import read
 
 GOOD = """
 name: quickstart

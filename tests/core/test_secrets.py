@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tensorpress.errors import InputError
-from tensorpress.recipe import _overridden, without_secrets
+from tensorpress.recipe_text import overridden, without_secrets
 from tensorpress.secrets import redact, redact_all, redact_error, redact_logs
 
 SECRET = 'pa&ss"wörd<1>'
@@ -134,7 +134,7 @@ def test_a_recipe_for_the_places_that_keep_it(description, secret):
     text = yaml.safe_dump({"name": "a", "description": description, "steps": {}}) + "# hf_abcdefghijklmnopqrstuvwx\n"
     safe, overrides = without_secrets(text, ["seed=3", f"description={description}"])
     assert "hf_" not in safe + "".join(overrides)
-    found = _overridden(safe, overrides)
+    found = overridden(safe, overrides)
     assert "***" in str(found.pop("description")) and found == {"name": "a", "steps": {}, "seed": 3}
 
 
