@@ -13,10 +13,10 @@ from tensorpress.errors import InputError, StepError
 from tensorpress.flows.compress import compress
 from tensorpress.flows.parameters import CompressParameters, NightlyParameters
 from tensorpress.pictures.markdown import table
-from tensorpress.tasks.champions import decide
 from tensorpress.tasks.contest import Decision
 from tensorpress.tasks.retention import Rule, retain
 from tensorpress.tasks.tracking import open_client
+from tensorpress.tasks.tracking.champions import decide
 
 DAY, GIGABYTE = 86_400, 1e9
 

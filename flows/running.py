@@ -25,13 +25,13 @@ from tensorpress.pictures.layers import draw_layer_map
 from tensorpress.pictures.markdown import table
 from tensorpress.pictures.report import render
 from tensorpress.secrets import redact_all
-from tensorpress.tasks.champions import register
 from tensorpress.tasks.evaluate import run_evaluation
 from tensorpress.tasks.load import load_model
 from tensorpress.tasks.planning import Plan, timed
 from tensorpress.tasks.show import results_rows, show_link, show_table
 from tensorpress.tasks.step import run_step
 from tensorpress.tasks.tracking import Tracker, close_runs_of
+from tensorpress.tasks.tracking.champions import register
 from tensorpress.versions import versions
 
 

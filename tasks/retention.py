@@ -17,12 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlflow import MlflowClient
-
 from tensorpress.artifact import RECORD, Store
 from tensorpress.errors import InputError
 from tensorpress.pictures.tables import human_bytes
-from tensorpress.tasks.champions import champions
 from tensorpress.tasks.litter import (
     DIGEST,
     TRASH,
@@ -36,7 +33,8 @@ from tensorpress.tasks.litter import (
     unlink_lock,
 )
 from tensorpress.tasks.tracking import has_runs, open_client
-from tensorpress.tasks.usage import delete_runs, in_use, mark_removed, of_last_runs, old_runs, run_folder
+from tensorpress.tasks.tracking.champions import champions
+from tensorpress.tasks.tracking.usage import delete_runs, in_use, mark_removed, of_last_runs, old_runs, run_folder
 
 
 @dataclass(frozen=True)
@@ -153,7 +151,7 @@ def _ancestors(store: Store, digest: str) -> set[str]:
     return found - {digest}
 
 
-def _remove_artifact(store: Store, name: str, evaluations: list[Item], client: MlflowClient | None) -> bool:
+def _remove_artifact(store: Store, name: str, evaluations: list[Item], client: Any) -> bool:
     """Take an artifact away under its lock: whoever reads the store sees all of it or nothing. False where it must stay now."""
     trash = store.root / "models" / f"{TRASH}{name}-{os.getpid()}"
     with store.lock_if_free(name) as held:
@@ -211,7 +209,7 @@ def _record(folder: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def _client(store: Store) -> MlflowClient | None:
+def _client(store: Store) -> Any:
     return open_client(store.root) if has_runs(store.root) else None
 
 

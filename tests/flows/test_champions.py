@@ -12,9 +12,8 @@ from mlflow import MlflowClient
 
 from tensorpress.artifact import Store
 from tensorpress.errors import InputError, StepError
-from tensorpress.tasks import champions
 from tensorpress.tasks.contest import best_of, candidate, compare, failing, why_none
-from tensorpress.tasks.tracking import open_client
+from tensorpress.tasks.tracking import champions, open_client
 
 HERE = {"device": "EPYC", "threads": 2, "batch": 1, "prompt_tokens": 128, "decode_tokens": 32}
 NAN, INF = math.nan, math.inf

@@ -211,7 +211,7 @@ def test_mlflow_goes_in_mid_run(address, recipe, place, monkeypatch):
 
 
 def test_the_database_is_locked_by_another_program(address, recipe, place, tensorpress_run, monkeypatch):
-    from tensorpress.tasks import patient
+    from tensorpress.tasks.tracking import patient
 
     path = recipe(steps={"first": QUICK}, evaluate=["size"])
     assert tensorpress_run("run", path, "--store", "store").code == 0
@@ -346,7 +346,7 @@ def test_which_errors_are_faults_of_the_tracking_store():
     from mlflow.exceptions import MlflowException
 
     from tensorpress.errors import StepError
-    from tensorpress.tasks.patient import _problem
+    from tensorpress.tasks.tracking.patient import _problem
 
     assert _problem(MlflowException("Run 'x' not found"), False, "db") is None
     assert _problem(FileNotFoundError(2, "no", "run.json"), False, "db") is None

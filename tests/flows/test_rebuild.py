@@ -12,9 +12,8 @@ from mlflow import MlflowClient
 
 from tensorpress.artifact import Store
 from tensorpress.errors import InputError
-from tensorpress.tasks import champions
-from tensorpress.tasks.rebuild import check_whole, is_lost, rebuild
-from tensorpress.tasks.tracking import open_client, track_benchmark
+from tensorpress.tasks.tracking import champions, open_client, track_benchmark
+from tensorpress.tasks.tracking.rebuild import check_whole, is_lost, rebuild
 
 STEPS = {
     "prune": {"use": "finercut", "after": "model", "remove": 0.2, "samples": 1},

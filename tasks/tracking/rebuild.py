@@ -21,8 +21,8 @@ from mlflow.entities import Metric, Param
 
 from tensorpress.artifact import Store
 from tensorpress.errors import InputError
-from tensorpress.tasks import champions
-from tensorpress.tasks.entries import (
+from tensorpress.tasks.tracking import champions
+from tensorpress.tasks.tracking.entries import (
     BENCHMARKS,
     EXPERIMENT_TAGS,
     benchmark_entries,

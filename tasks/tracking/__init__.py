@@ -33,7 +33,8 @@ from tensorpress.errors import InputError, StepError
 from tensorpress.recipe import Recipe
 from tensorpress.secrets import redact, redact_error, redact_logs
 from tensorpress.tasks.alive import is_gone, own_mark
-from tensorpress.tasks.entries import (
+from tensorpress.tasks.planning import Job, Plan
+from tensorpress.tasks.tracking.entries import (
     BENCHMARKS,
     EXPERIMENT_TAGS,
     LONGEST,
@@ -45,9 +46,8 @@ from tensorpress.tasks.entries import (
     step_tags,
     summary_metrics,
 )
-from tensorpress.tasks.patient import open_patient
-from tensorpress.tasks.planning import Job, Plan
-from tensorpress.tasks.rebuild import BENCHMARK, DATABASE, FACTS, check_whole, is_lost, rebuild
+from tensorpress.tasks.tracking.patient import open_patient
+from tensorpress.tasks.tracking.rebuild import BENCHMARK, DATABASE, FACTS, check_whole, is_lost, rebuild
 from tensorpress.text import read_text
 
 for _name in ("mlflow", "alembic"):
