@@ -26,15 +26,11 @@ from typing import Any
 
 import httpx
 import psutil
-import torch
 import yaml
 from filelock import FileLock, Timeout
-from rich.console import Console
-from rich.table import Table
+from rows import finish, row
 
 from tensorpress.digest import of_file
-from tensorpress.evaluators.speed import device_name
-from tensorpress.versions import versions
 
 RECIPE = {
     "name": "faults",
@@ -243,13 +239,6 @@ def measure(folder: Path, quick: bool, seed: int) -> list[dict[str, Any]]:
     ]
 
 
-def row(name: str, value: float, unit: str, bar: float | None) -> dict[str, Any]:
-    return {
-        "name": name, "value": round(value, 3), "unit": unit, "peer": "the bar", "peer_value": bar,
-        "ratio": value / bar if bar else None, "bar": bar, "holds": bar is None or value <= bar,
-    }  # fmt: skip
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one kill and two runs at once")
@@ -259,21 +248,7 @@ def main() -> None:
     os.environ.pop("PREFECT_API_URL", None)
     with tempfile.TemporaryDirectory(prefix="tensorpress-faults-") as folder:
         rows = measure(Path(folder), args.quick, args.seed)
-    table = Table("figure", "value", "bar", "holds", box=None)
-    for line in rows:
-        bar = "" if line["bar"] is None else f"{line['bar']:g}"
-        table.add_row(line["name"], f"{line['value']:g} {line['unit']}", bar, "yes" if line["holds"] else "NO")
-    Console().print(table)
-    conditions = {
-        "device": device_name(torch.device("cpu")),
-        "threads": torch.get_num_threads(),
-        "seed": args.seed,
-        "quick": args.quick,
-        "versions": versions(),
-    }
-    if args.json:
-        args.json.write_text(json.dumps({"conditions": conditions, "rows": rows}, indent=1) + "\n")
-    raise SystemExit(0 if all(line["holds"] for line in rows) else 1)
+    finish(rows, {"seed": args.seed, "quick": args.quick}, args.json)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,35 @@
+"""What the benchmarks share: rows against bars, the table that is printed, the file that is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from tensorpress.evaluators.speed import device_name
+from tensorpress.versions import versions
+
+
+def row(name: str, value: float, unit: str, bar: float | None) -> dict[str, Any]:
+    """A figure that must not be above its bar; one without a bar holds."""
+    return {
+        "name": name, "value": round(value, 3), "unit": unit, "peer": "the bar", "peer_value": bar,
+        "ratio": value / bar if bar else None, "bar": bar, "holds": bar is None or value <= bar,
+    }  # fmt: skip
+
+
+def finish(rows: list[dict[str, Any]], conditions: dict[str, Any], target: Path | None) -> None:
+    """Print the table, write the file, and exit with 0 when every bar holds, else with 1."""
+    table = Table("figure", "value", "bar", "holds", box=None)
+    for line in rows:
+        bar = "" if line["bar"] is None else f"{line['bar']:g}"
+        table.add_row(line["name"], f"{line['value']:g} {line['unit']}", bar, "yes" if line["holds"] else "NO")
+    Console().print(table)
+    machine = {"device": device_name(torch.device("cpu")), "threads": torch.get_num_threads(), "versions": versions()}
+    if target:
+        target.write_text(json.dumps({"conditions": {**machine, **conditions}, "rows": rows}, indent=1) + "\n")
+    raise SystemExit(0 if all(line["holds"] for line in rows) else 1)
