@@ -13,6 +13,7 @@ from prefect.states import Completed, Failed, State
 from tensorpress.errors import InputError, StepError
 from tensorpress.flows.parameters import BenchmarkParameters
 from tensorpress.flows.place import at_work, here
+from tensorpress.secrets import redact_error
 
 
 def run_name() -> str:
@@ -35,6 +36,7 @@ def benchmark(parameters: BenchmarkParameters = BenchmarkParameters()) -> State[
             flow_run_id = str(get_run_context().flow_run.id)  # type: ignore[union-attr]
             experiment_id, run_id = track_benchmark(place.store, answer, flow_run_id)
     except (InputError, StepError) as error:
+        redact_error(error)
         return Failed(message=str(error), data=error)
     show_link(experiment_id, run_id)
     figures = {**answer["metrics"], **answer["conditions"]}

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from tensorpress.flows.access import credentials, lets_in, read_state, read_token
-from tensorpress.flows.server import DEFAULT_ADDRESS, answers
+from tensorpress.flows.access import lets_in
+from tensorpress.flows.server import answers, known_servers
 
 
 def find_server(store: Path) -> tuple[str, str | None] | None:
@@ -14,13 +13,7 @@ def find_server(store: Path) -> tuple[str, str | None] | None:
 
     None where none answers that lets us in.
     """
-    token = read_token(store)
-    own = [os.environ.get("PREFECT_API_AUTH_STRING"), credentials(token) if token else None, None]
-    state = read_state(store)
-    served = f"{state.prefect}/api" if state else None
-    for address in dict.fromkeys([os.environ.get("PREFECT_API_URL"), served, DEFAULT_ADDRESS]):
-        if address and answers(address):
-            for auth in dict.fromkeys(own):
-                if lets_in(address, auth):
-                    return address, auth
+    for address, auth in known_servers(store):
+        if answers(address) and lets_in(address, auth):
+            return address, auth
     return None

@@ -77,7 +77,10 @@ def task_runner(wanted: Runner) -> Iterator[TaskRunner[Any]]:
     try:
         runner.__enter__()
         if wanted.kind == "dask":
-            runner.client  # type: ignore[attr-defined]  # noqa: B018 - it connects when it is first asked for
+            _check_dask(runner)
+    except InputError:
+        runner.__exit__(None, None, None)
+        raise
     except (OSError, TimeoutError) as error:
         raise StepError(
             f"runner: no {wanted.kind} cluster answers at {wanted.address or 'this machine'}: {error}"
@@ -125,6 +128,17 @@ def _dask(wanted: Runner) -> TaskRunner[Any]:
         return DaskTaskRunner(address=wanted.address, client_kwargs={"timeout": 10})
     workers = {"n_workers": wanted.parallel, "threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": None}
     return DaskTaskRunner(cluster_kwargs={**workers, "memory_limit": 0})
+
+
+def _check_dask(runner: Any) -> None:
+    """Connect, and refuse workers that would work on two branches in one process. Raises InputError, OSError."""
+    threads = runner.client.nthreads()  # it connects when it is first asked for
+    several = [address for address, count in threads.items() if count > 1]
+    if several:
+        raise InputError(
+            f"runner.address: the Dask worker {several[0]} has {threads[several[0]]} threads; start workers with --nthreads 1: "
+            "branches in one process would change each other's dtype and weights"
+        )
 
 
 def _ray(wanted: Runner) -> TaskRunner[Any]:

@@ -38,7 +38,7 @@ class Night:
         tolerances = parameters.tolerance, parameters.speed_tolerance
         try:
             decision = decide(open_client(store), Store(store), document, *tolerances, parameters.promote)
-        except (InputError, StepError) as error:
+        except (InputError, StepError, OSError) as error:
             self.fail(f"{document['name']}: {error}")
             return
         for line in decision.says:
@@ -73,4 +73,6 @@ def clean(parameters: NightlyParameters, store: Path) -> None:
         return
     seconds = None if parameters.keep_days is None else parameters.keep_days * DAY
     size = None if parameters.keep_gigabytes is None else parameters.keep_gigabytes * GIGABYTE
-    get_run_logger().info("%s", retain(Store(store), Rule(unused_seconds=seconds, store_bytes=size)))
+    get_run_logger().info(
+        "%s", retain(Store(store), Rule(unused_seconds=seconds, store_bytes=size, run_seconds=seconds))
+    )

@@ -36,7 +36,7 @@ def nightly(parameters: NightlyParameters = NightlyParameters()) -> State[dict[s
             night.run(asked, parameters, place.store)
         try:
             clean(parameters, place.store)
-        except (InputError, StepError) as error:
+        except (InputError, StepError, OSError) as error:
             night.fail(f"retention: {error}")
     show_table("nightly", night.page, "every run against the champion of its line")
     return night.state

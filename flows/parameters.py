@@ -9,8 +9,9 @@ import importlib.resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from tensorpress.recipe_text import load_yaml
 
 WRITTEN = "the text below"
 
@@ -106,9 +107,10 @@ class CompressParameters(Form):
         if self.recipe != WRITTEN:
             return self.recipe
         try:
-            return str(yaml.safe_load(self.text)["name"])
-        except (yaml.YAMLError, TypeError, KeyError, ValueError, RecursionError):
-            return "a recipe that cannot be read"
+            name = load_yaml(self.text)["name"]
+        except (TypeError, KeyError, ValueError):
+            name = None
+        return name if isinstance(name, str) else "a recipe that cannot be read"
 
     def changes(self) -> dict[str, Any]:
         """Values that the form sets for every step whose method has such a parameter."""

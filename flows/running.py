@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from dataclasses import replace
 from typing import Any
@@ -26,6 +27,7 @@ from tensorpress.pictures.markdown import table
 from tensorpress.pictures.report import render
 from tensorpress.secrets import redact_all
 from tensorpress.tasks.evaluate import run_evaluation
+from tensorpress.tasks.isolate import stop_isolated
 from tensorpress.tasks.load import load_model
 from tensorpress.tasks.planning import Plan, timed
 from tensorpress.tasks.show import results_rows, show_link, show_table
@@ -52,9 +54,6 @@ def run_recipe(parameters: CompressParameters) -> dict[str, Any]:
         run["seconds"] = round(time.monotonic() - start, 3)
         run["overhead_seconds"] = round(run["seconds"] - run.pop("_inside"), 3)
         _leave(plan, run, tracker)
-    except TerminationSignal:  # cancelled
-        close_runs_of(plan.store.root, os.getpid())
-        raise
     except BaseException as error:
         tracker.fail(tracker.handle["run_id"], error)
         raise
@@ -64,7 +63,11 @@ def run_recipe(parameters: CompressParameters) -> dict[str, Any]:
 def _run(plan: Plan, tracker: Tracker, parameters: CompressParameters) -> dict[str, Any]:
     began = time.monotonic()
     with task_runner(parameters.runner) as runner:
-        done = run_graph(runner, _works(plan, tracker, parameters), parameters.runner.parallel)
+        try:
+            done = run_graph(runner, _works(plan, tracker, parameters), parameters.runner.parallel)
+        except TerminationSignal:
+            _stop_at_once(plan)
+            raise
     results = {name: _outcome(done[f"step {name}"]) for name in plan.jobs}
     figures = {name: _outcome(done[f"evaluate {name}"]) for name in plan.evaluated}
     first = _outcome(done["evaluate original"])
@@ -75,6 +78,17 @@ def _run(plan: Plan, tracker: Tracker, parameters: CompressParameters) -> dict[s
     run = _document(plan, results, figures, first)
     run["_inside"] = min(inside, time.monotonic() - began)
     return run
+
+
+def _stop_at_once(plan: Plan) -> None:
+    """End this process, which was cancelled: a task may wait for a lock that others hold for hours, and leaving would wait for it.
+
+    Who sent the signal tells Prefect how the run ended.
+    """
+    stop_isolated()
+    time.sleep(1.0)  # in which their unfinished folders go
+    close_runs_of(plan.store.root, os.getpid())
+    os._exit(128 + signal.SIGTERM)
 
 
 def _works(plan: Plan, tracker: Tracker, parameters: CompressParameters) -> list[Work]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,10 +23,11 @@ from prefect.client.schemas.objects import StateType
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
+from prefect.server.schemas.schedules import CronSchedule as _Dates
 from pydantic import ValidationError
 
 from tensorpress.errors import InputError, nearest
-from tensorpress.flows.deployments import deploy, ensure_pool
+from tensorpress.flows.deployments import FLOWS, deploy, ensure_pool
 from tensorpress.flows.parameters import NightlyParameters
 
 TAG = "schedule"
@@ -48,23 +50,28 @@ class Scheduled:
 
 
 def cron_schedule(cron: str, timezone: str) -> CronSchedule:
-    """A schedule as Prefect takes it. Raises InputError for a cron line or a time zone that there is not."""
+    """A schedule as Prefect takes it. Raises InputError for a cron line or a time zone that there is not, or a day that never comes."""
     try:
-        return CronSchedule(cron=cron, timezone=timezone)
-    except (ValidationError, ValueError) as error:
+        schedule = CronSchedule(cron=cron, timezone=timezone)
+        if len(cron.split()) != 5 or not asyncio.run(_Dates(cron=cron, timezone=timezone).get_dates(1)):
+            raise ValueError("cron")
+        return schedule
+    except (ValidationError, ValueError, KeyError) as error:
         place = "--timezone" if "timezone" in str(error).lower() else "--cron"
         value, right = (
             (timezone, "a name such as Europe/Zurich")
             if place == "--timezone"
             else (cron, 'five fields such as "0 2 * * *"')
         )
-        raise InputError(f"{place} {value!r}: is not known; {right}") from None
+        raise InputError(f"{place} {value!r}: is not known, or never comes; {right}") from None
 
 
 def add(client: SyncPrefectClient, slug: str, schedule: CronSchedule, parameters: NightlyParameters) -> None:
     """Make or renew the schedule `slug`."""
     if not SLUG.fullmatch(slug):
         raise InputError(f"--slug {slug!r}: small letters, digits and dashes, 63 at most")
+    if slug in FLOWS:
+        raise InputError(f"--slug {slug}: is the name of a form that `serve` makes; choose another")
     ensure_pool(client)
     wanted = DeploymentScheduleCreate(schedule=schedule, active=True, slug=slug)
     given = {"parameters": parameters.model_dump(mode="json")}

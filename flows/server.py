@@ -56,9 +56,7 @@ class PrefectServer:
         self._meeting: Meeting | None = None
         self._stopped = threading.Event()
         self._watcher: threading.Thread | None = None
-        served = read_state(store)
-        places = (os.environ.get("PREFECT_API_URL"), f"{served.prefect}/api" if served else None, DEFAULT_ADDRESS)
-        self.address = next((place for place in places if place and _takes_us(place, store)), "")
+        self.address = next((place for place, auth in known_servers(store) if _takes_us(place, auth)), "")
         if self.address:
             return
         self._meeting = Meeting(store)
@@ -144,17 +142,28 @@ def connected(address: str) -> Iterator[None]:
             ) from None
 
 
-def _takes_us(address: str, store: Path) -> bool:
-    """Whether a server answers and lets us in: with the credentials of the environment, or those of the store's own servers."""
-    if not answers(address):
+def known_servers(store: Path) -> list[tuple[str, str | None]]:
+    """Addresses where a server may be, each with the credentials that it may see: nobody else gets them.
+
+    Those of the environment are for PREFECT_API_URL, the store's token for the store's own servers; whoever listens on port 4200
+    besides is asked without any.
+    """
+    given, served, token = os.environ.get("PREFECT_API_URL"), read_state(store), read_token(store)
+    own = [(f"{served.prefect}/api", credentials(token) if token else None)] if served else []
+    named = [(given, os.environ.get(AUTH_VARIABLE))] if given else []
+    if given and own and given == own[0][0]:
+        named = []
+    return [*named, *own, *([] if own else [(DEFAULT_ADDRESS, None)])]
+
+
+def _takes_us(address: str, auth: str | None) -> bool:
+    """Whether a server answers and lets us in; Prefect's settings then have what it wants to see."""
+    if not (answers(address) and lets_in(address, auth)):
         return False
-    token = read_token(store)
-    for auth in (os.environ.get(AUTH_VARIABLE), credentials(token) if token else None):
-        if lets_in(address, auth):
-            if auth:
-                os.environ[AUTH_VARIABLE] = auth
-            return True
-    return False
+    os.environ.pop(AUTH_VARIABLE, None)
+    if auth:
+        os.environ[AUTH_VARIABLE] = auth
+    return True
 
 
 def _free_port() -> int:

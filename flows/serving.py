@@ -103,8 +103,8 @@ class Servers:
             self._home() / "server.lock",
             f"store: a run in {self.store} has its own Prefect server now; start `serve` again when it has ended",
         )
-        self.token, self.is_new = make_token(self.store)
         try:
+            self.token, self.is_new = make_token(self.store)
             self._start()
         except BaseException:
             self.__exit__()
@@ -317,7 +317,9 @@ def worker_environment(api: str, token: str, mlflow: str) -> dict[str, str]:
 
 def _rebuild_if_lost(store: Path) -> None:
     """Make MLflow's database again from the run documents where it was lost; MLflow's server makes an empty one otherwise."""
-    if (store / "mlflow.db").exists() or not any((store / "artifacts").glob("*/artifacts/run.json")):
+    database = store / "mlflow.db"
+    documents = (path for name in ("run", "bench") for path in (store / "artifacts").glob(f"*/artifacts/{name}.json"))
+    if (database.is_file() and database.stat().st_size) or next(documents, None) is None:
         return
     from tensorpress.tasks.tracking import open_client
 

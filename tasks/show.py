@@ -50,7 +50,8 @@ class _Progress:
         began = self.began.setdefault(what, now)
         artifact, last = self.shown.get(what, (None, -BETWEEN))
         over = done >= total
-        if (artifact is None and (over or now - began < LONG)) or (now - last < BETWEEN and not over):
+        soon = over or now - began < LONG if artifact is None else now - last < BETWEEN and not over
+        if soon or self.lost:
             return
         share = 100.0 * done / max(total, 1)
         try:

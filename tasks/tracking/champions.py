@@ -133,7 +133,9 @@ def _promote(
     client: MlflowClient, store: Store, line: str, artifact: Mapping[str, Any], document: Mapping[str, Any]
 ) -> dict[str, Any]:
     with store.lock(artifact["digest"]):  # `clean` removes under this lock
-        if store.artifact(artifact["digest"]) is None:  # fetched where a worker made it
+        if (
+            not store.folder(artifact["digest"]).is_dir() and store.artifact(artifact["digest"]) is None
+        ):  # a worker made it
             raise StepError(f"{artifact['node']}: its artifact {artifact['digest'][:12]} is gone from the store")
         before = champion_of(store, line) or {}
         champion = {

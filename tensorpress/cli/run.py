@@ -89,7 +89,7 @@ def run(
 
     start = time.monotonic()
     check_json_target(json_file)
-    text, folder, overrides = _text(recipe, overrides)
+    text, folder, overrides = recipe_text(recipe, overrides)
     with _terminable(), prefect_server(store.absolute()) as server:  # comes up while our own libraries do
         from tensorpress.flows.place import working_in
         from tensorpress.flows.request import prepare, written
@@ -141,7 +141,7 @@ def contract(document: dict[str, Any]) -> dict[str, Any]:
     return {**{key: document[key] for key in first}, **{k: v for k, v in document.items() if k not in first}}
 
 
-def _text(recipe: str, overrides: list[str] | None) -> tuple[str, Path, list[str]]:
+def recipe_text(recipe: str, overrides: list[str] | None) -> tuple[str, Path, list[str]]:
     """The text of a recipe without secrets, the folder that its paths belong to, and the overrides."""
     from tensorpress.recipe_text import read, without_secrets
 
@@ -152,7 +152,7 @@ def _text(recipe: str, overrides: list[str] | None) -> tuple[str, Path, list[str
 
 def _prepare(recipe: str, overrides: list[str] | None, store: Path) -> Plan:
     """Check everything without Prefect or MLflow: bad input is refused in seconds, and nothing is written."""
-    text, folder, overrides = _text(recipe, overrides)
+    text, folder, overrides = recipe_text(recipe, overrides)
     from tensorpress.flows.place import working_in
     from tensorpress.flows.request import prepare, written
 

@@ -80,20 +80,17 @@ def _parameters(
     recipes: list[str], overrides: list[str], promote: bool, days: float | None, gigabytes: float | None, store: Path
 ) -> Any:
     """What the nightly flow gets: recipe texts, with paths that hold wherever it runs. Every recipe is checked now."""
-    from tensorpress.cli.run import recipe_path
+    from tensorpress.cli.run import recipe_text
     from tensorpress.flows.parameters import NightlyParameters
     from tensorpress.flows.place import working_in
     from tensorpress.flows.request import absolute_paths, prepare, written
-    from tensorpress.recipe_text import read
 
     runs = []
     for recipe in recipes:
-        path = recipe_path(recipe)
-        folder = path.absolute().parent
+        text, folder, safe = recipe_text(recipe, overrides)
         with working_in(store, folder):
-            plan = prepare(written(read(path), overrides))
-            run = written(read(path), [*overrides, *absolute_paths(plan.recipe)])
-            runs.append(run)
+            plan = prepare(written(text, safe))
+            runs.append(written(text, [*safe, *absolute_paths(plan.recipe)]))
     return NightlyParameters(runs=runs, promote=promote, keep_days=days, keep_gigabytes=gigabytes)
 
 

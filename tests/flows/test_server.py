@@ -147,3 +147,15 @@ def test_eight_runs_that_begin_at_once_start_one_server(alone, tmp_path, sleeper
         assert not is_gone(run.mark)
         run.stop()
     assert is_gone(runs[0].mark)
+
+
+def test_nobody_else_is_shown_the_credentials(tmp_path, monkeypatch):
+    from tensorpress.flows.access import make_token
+    from tensorpress.flows.server import DEFAULT_ADDRESS, known_servers
+
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setenv("PREFECT_API_AUTH_STRING", "me:mine")
+    make_token(tmp_path)
+    assert known_servers(tmp_path) == [(DEFAULT_ADDRESS, None)], "the store's servers do not run"
+    monkeypatch.setenv("PREFECT_API_URL", "http://elsewhere:4200/api")
+    assert known_servers(tmp_path) == [("http://elsewhere:4200/api", "me:mine"), (DEFAULT_ADDRESS, None)]
