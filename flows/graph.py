@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prefect import Task
+from prefect.context import TagsContext
 from prefect.futures import PrefectFuture
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
@@ -45,7 +46,8 @@ def run_graph(runner: TaskRunner[Any], works: Sequence[Work], parallel: int) -> 
         while (work := _next(waiting, finished, [w for w, _ in running.values()], parallel)) is not None:
             del waiting[work.name]
             inputs = {parameter: finished[need] for parameter, need in work.needs.items()}
-            future = runner.submit(work.task, parameters={**work.arguments, **inputs})
+            with TagsContext(current_tags=set()):  # for a task's tags Prefect asks its server for leases, and can wait for ever
+                future = runner.submit(work.task, parameters={**work.arguments, **inputs})
             running[work.name] = work, future
             threading.Thread(target=_tell, args=(work.name, future, done), daemon=True).start()
         name = done.get()

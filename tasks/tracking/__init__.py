@@ -139,12 +139,12 @@ class Tracker:
             "tensorpress.digest": job.digest,
             "tensorpress.parent_digest": job.parent_digest,
             "tensorpress.parent_node": job.parent,
-            **step_tags(job.config),
+            **step_tags(job.branch, job.config),
         }
         run = self.client.create_run(self.handle["experiment_id"], tags=tags, run_name=job.node)
         link_dataset(self.client, run.info.run_id, json.loads(self.handle["data"]))
         said = yaml.safe_load(job.recipe_yaml)["steps"] if job.recipe_yaml else {}
-        self.client.log_batch(run.info.run_id, params=step_params(job.step, job.use, job.branch, job.chain, said))
+        self.client.log_batch(run.info.run_id, params=step_params(job.step, job.use, job.chain, said))
         return str(run.info.run_id)
 
     def step_done(self, run_id: str, job: Job, result: dict[str, Any]) -> None:

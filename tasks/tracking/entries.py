@@ -26,14 +26,14 @@ def local_artifacts(store: Path) -> str:
 
 
 def step_params(
-    step: str, use: str, branch: str, chain: Sequence[Mapping[str, Any]], steps: Mapping[str, Mapping[str, Any]]
+    step: str, use: str, chain: Sequence[Mapping[str, Any]], steps: Mapping[str, Mapping[str, Any]]
 ) -> list[Param]:
     """Parameters of a step's run: its method, and every value on the way to it that the recipe names.
 
     `chain` has `step`, `use` and `config` of the steps from the model to it, `steps` is the recipe's. Values that the recipe leaves as
     they are would only stand in the way of a comparison: they are in the tag of `step_tags`.
     """
-    params = {"step": step, "method": use, "branch": branch or "-"}
+    params = {"step": step, "method": use}
     for link in chain:
         said = steps.get(link["step"], {})
         params |= {f"{link['use']}.{key}": _short(value) for key, value in link["config"].items() if key in said}
@@ -41,9 +41,9 @@ def step_params(
     return [Param(key, redact(str(value))[:LONGEST]) for key, value in params.items()]
 
 
-def step_tags(config: Mapping[str, Any]) -> dict[str, str]:
-    """Tags of a step's run: its whole configuration, defaults included."""
-    return {"tensorpress.config": redact(json.dumps(dict(config)))[:LONGEST]}
+def step_tags(branch: str, config: Mapping[str, Any]) -> dict[str, str]:
+    """Tags of a step's run: its branch, which is too long for the axis of a chart, and its whole configuration, defaults included."""
+    return {"tensorpress.branch": branch or "-", "tensorpress.config": redact(json.dumps(dict(config)))[:LONGEST]}
 
 
 def summary_metrics(use: str, report: Mapping[str, Any]) -> dict[str, float]:

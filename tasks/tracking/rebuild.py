@@ -201,7 +201,7 @@ def _step(runs: Path, document: Mapping[str, Any], artifact: Mapping[str, Any], 
         "tensorpress.digest": artifact["digest"],
         "tensorpress.parent_digest": parent,
         "tensorpress.parent_node": artifact["parent"],
-        **step_tags(artifact["config"]),
+        **step_tags(artifact["branch"], artifact["config"]),
     }
     node = None
     if artifact["path"]:
@@ -213,7 +213,7 @@ def _step(runs: Path, document: Mapping[str, Any], artifact: Mapping[str, Any], 
         tags["tensorpress.error"] = artifact["error"]
     metrics = {**artifact["metrics"], **summary_metrics(artifact["use"], artifact["report"])}
     chain, said = _chain(document, artifact), document["recipe"]["steps"]
-    params = step_params(artifact["step"], artifact["use"], artifact["branch"], chain, said)
+    params = step_params(artifact["step"], artifact["use"], chain, said)
     status = "FAILED" if artifact["error"] else "FINISHED"
     return Run(
         artifact["run_id"], artifact["node"], status, max(start, ended - int(1000 * (artifact["seconds"] or 0))), ended,
