@@ -46,7 +46,9 @@ def run_graph(runner: TaskRunner[Any], works: Sequence[Work], parallel: int) -> 
         while (work := _next(waiting, finished, [w for w, _ in running.values()], parallel)) is not None:
             del waiting[work.name]
             inputs = {parameter: finished[need] for parameter, need in work.needs.items()}
-            with TagsContext(current_tags=set()):  # for a task's tags Prefect asks its server for leases, and can wait for ever
+            with TagsContext(
+                current_tags=set()
+            ):  # for a task's tags Prefect asks its server for leases, and can wait for ever
                 future = runner.submit(work.task, parameters={**work.arguments, **inputs})
             running[work.name] = work, future
             threading.Thread(target=_tell, args=(work.name, future, done), daemon=True).start()
