@@ -36,7 +36,7 @@ class Work:
 def run_graph(runner: TaskRunner[Any], works: Sequence[Work], parallel: int) -> dict[str, PrefectFuture[Any]]:
     """Run works, each after what it needs, in the order given where there is a choice; returns their finished futures.
 
-    The futures are handed to the tasks that need them, so Prefect's graph shows the edges. At most `parallel` run at once.
+    Prefect's graph shows the edges. At most `parallel` run at once.
     """
     waiting = {work.name: work for work in works}
     running: dict[str, tuple[Work, PrefectFuture[Any]]] = {}
@@ -64,6 +64,15 @@ def _next(waiting: Mapping[str, Work], finished: Mapping[str, Any], running: lis
     ready = [work for work in waiting.values() if all(need in finished for need in work.needs.values())]
     together = [work for work in ready if not work.alone or parallel == 1]
     return next(iter(together or ([] if running else ready)), None)
+
+
+def _result(future: PrefectFuture[Any]) -> Any:
+    """What a finished task returned; the future of one that failed, from which Prefect sees that its followers cannot run.
+
+    Not the future of all: Dask puts a task beside the data of a future, which here would be both branches on one worker.
+    """
+    result = future.result(raise_on_failure=False)
+    return result if isinstance(result, dict) else future
 
 
 def _tell(name: str, future: PrefectFuture[Any], done: queue.SimpleQueue[str]) -> None:

@@ -23,14 +23,16 @@ def digests(document: dict) -> dict[str, str]:
 
 
 def overlap(address: str, flow_run_id: str) -> bool:
-    """Whether two steps of a flow run were at work at the same moment, by Prefect's own clock."""
+    """Whether two branches (a step and its measurement) were at work at the same moment, by Prefect's own clock."""
     import httpx
 
     body = {"flow_runs": {"id": {"any_": [flow_run_id]}}}
     tasks = httpx.post(f"{address}/task_runs/filter", json=body, timeout=30).json()
-    spans = sorted(
-        (t["start_time"], t["end_time"]) for t in tasks if ": heal" in t["name"] and "evaluate" not in t["name"]
-    )
+    branches: dict[str, list[dict]] = {}
+    for task in tasks:
+        if ": heal" in task["name"]:
+            branches.setdefault(task["name"].removeprefix("evaluate "), []).append(task)
+    spans = sorted((min(t["start_time"] for t in b), max(t["end_time"] for t in b)) for b in branches.values())
     print(spans)
     return len(spans) == 2 and spans[1][0] < spans[0][1]
 
