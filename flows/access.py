@@ -12,7 +12,7 @@ import httpx
 import psutil
 
 USER = "tensorpress"
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK = ("127.0.0.1", "localhost")
 
 
 def serve_folder(store: Path) -> Path:
@@ -37,12 +37,16 @@ def make_token(store: Path) -> tuple[str, bool]:
     if known:
         return known, False
     made = secrets.token_urlsafe(24)
-    path = serve_folder(store) / "token"
+    write_private(serve_folder(store) / "token", made + "\n")
+    return made, True
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that nobody but its owner can read, at no moment."""
     path.unlink(missing_ok=True)
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(handle, "w", encoding="ascii") as file:
-        file.write(made + "\n")
-    return made, True
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(text)
 
 
 def credentials(token: str) -> str:
@@ -69,7 +73,6 @@ class State:
     """Start of the process, in seconds since the epoch: a number that was given to another process again is noticed."""
     prefect: str
     mlflow: str
-    folder: str
 
 
 def read_state(store: Path) -> State | None:

@@ -7,19 +7,17 @@ from typing import Any
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.context import get_run_context
-from prefect.runtime import flow_run as running
 from prefect.states import Completed, Failed, State
 
 from tensorpress.errors import InputError, StepError
 from tensorpress.flows.parameters import BenchmarkParameters
-from tensorpress.flows.place import at_work, here
+from tensorpress.flows.place import asked_for, at_work, here
 from tensorpress.secrets import redact_error
 
 
 def run_name() -> str:
     """The name of a flow run: the model, and what it is set beside."""
-    given = running.parameters["parameters"]
-    parameters = given if isinstance(given, BenchmarkParameters) else BenchmarkParameters.model_validate(given)
+    parameters = asked_for(BenchmarkParameters)
     return f"speed of {parameters.model}{f' beside {parameters.against}' if parameters.against else ''}"[:200]
 
 

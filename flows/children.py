@@ -14,7 +14,7 @@ import httpx
 import psutil
 
 from tensorpress.errors import StepError
-from tensorpress.flows.server import _die_with_parent as die_with_parent
+from tensorpress.tasks.alive import die_with_parent
 
 RESTARTS = 5
 """So often in ten minutes a process is begun again; after that something is wrong with it."""
@@ -41,7 +41,7 @@ class Child:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=die_with_parent,
+                preexec_fn=lambda: die_with_parent(signal.SIGTERM),
             )
 
     @property
@@ -69,6 +69,12 @@ class Child:
             return False
         self.start()
         return True
+
+    def end_below(self, patience: float = 5.0) -> None:
+        """End what it started, and leave it a moment to tell of that: a worker reports how its runs ended."""
+        if self.process is not None:
+            end_all(descendants(self.process.pid), patience)
+            time.sleep(0.5)
 
     def stop(self, patience: float = 5.0) -> None:
         """End it and all that it started."""

@@ -5,19 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from prefect import flow
-from prefect.runtime import flow_run as running
 from prefect.states import Completed, Failed, State
 
 from tensorpress.errors import InputError, StepError
 from tensorpress.flows.parameters import CompressParameters
-from tensorpress.flows.place import at_work
+from tensorpress.flows.place import asked_for, at_work
 from tensorpress.secrets import redact_error
 
 
 def run_name() -> str:
     """The name of a flow run: its recipe and what was changed in the form."""
-    given = running.parameters["parameters"]
-    parameters = given if isinstance(given, CompressParameters) else CompressParameters.model_validate(given)
+    parameters = asked_for(CompressParameters)
     changed = [f"{key} {value}" for key, value in parameters.changes().items()] + parameters.overrides
     return ", ".join([parameters.title, *changed])[:200]
 

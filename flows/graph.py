@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prefect import Task
+from prefect.client.schemas.objects import RunInput, TaskRunResult
 from prefect.context import TagsContext
 from prefect.futures import PrefectFuture
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
@@ -45,11 +46,14 @@ def run_graph(runner: TaskRunner[Any], works: Sequence[Work], parallel: int) -> 
     while waiting or running:
         while (work := _next(waiting, finished, [w for w, _ in running.values()], parallel)) is not None:
             del waiting[work.name]
-            inputs = {parameter: finished[need] for parameter, need in work.needs.items()}
-            with TagsContext(
-                current_tags=set()
-            ):  # for a task's tags Prefect asks its server for leases, and can wait for ever
-                future = runner.submit(work.task, parameters={**work.arguments, **inputs})
+            needed = {parameter: finished[need] for parameter, need in work.needs.items()}
+            inputs = {parameter: _result(future) for parameter, future in needed.items()}
+            edges: dict[str, set[RunInput]] = {
+                parameter: {TaskRunResult(id=future.task_run_id)} for parameter, future in needed.items()
+            }
+            # without tags: for those of a task Prefect asks its server for leases, and can wait for ever
+            with TagsContext(current_tags=set()):
+                future = runner.submit(work.task, parameters={**work.arguments, **inputs}, dependencies=edges)
             running[work.name] = work, future
             threading.Thread(target=_tell, args=(work.name, future, done), daemon=True).start()
         name = done.get()
@@ -117,8 +121,9 @@ def _isolated(wanted: Runner) -> Iterator[None]:
     try:
         yield
     finally:
-        if before is None:
-            os.environ.pop(SWITCH, None)
+        os.environ.pop(SWITCH, None)
+        if before is not None:
+            os.environ[SWITCH] = before
 
 
 def threads_for(wanted: Runner) -> int:

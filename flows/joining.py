@@ -11,7 +11,7 @@ import httpx
 
 from tensorpress.errors import InputError
 from tensorpress.flows.access import USER, credentials, lets_in, serve_folder
-from tensorpress.flows.children import Child, descendants, end_all
+from tensorpress.flows.children import Child
 from tensorpress.flows.place import FOLDER_VARIABLE, STORE_VARIABLE
 from tensorpress.flows.server import answers
 from tensorpress.flows.serving import worker_command, worker_environment
@@ -53,6 +53,5 @@ def joined(api: str, mlflow: str, token: str, limit: int, store: Path) -> Iterat
     try:
         yield child
     finally:
-        if child.process is not None:
-            end_all(descendants(child.process.pid), 5.0)
+        child.end_below()
         child.stop()

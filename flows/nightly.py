@@ -5,18 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from prefect import flow
-from prefect.runtime import flow_run as running
 from prefect.states import State
 
 from tensorpress.errors import InputError, StepError
 from tensorpress.flows.parameters import NightlyParameters
-from tensorpress.flows.place import at_work
+from tensorpress.flows.place import asked_for, at_work
 
 
 def run_name() -> str:
     """The name of a flow run: its recipes."""
-    given = running.parameters["parameters"]
-    parameters = given if isinstance(given, NightlyParameters) else NightlyParameters.model_validate(given)
+    parameters = asked_for(NightlyParameters)
     return f"night: {', '.join(run.title for run in parameters.runs)}"[:200]
 
 

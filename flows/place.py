@@ -8,7 +8,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+from pydantic import BaseModel
+
+Parameters = TypeVar("Parameters", bound=BaseModel)
 POOL = "tensorpress"
 """The work pool whose workers run the deployments."""
 STORE_VARIABLE, FOLDER_VARIABLE = "TENSORPRESS_STORE", "TENSORPRESS_FOLDER"
@@ -29,6 +33,14 @@ def here() -> Place:
     """The place that was set, else that of the environment (a worker sets it for its runs), else the working folder."""
     store, folder = os.environ.get(STORE_VARIABLE, "mlruns"), os.environ.get(FOLDER_VARIABLE, ".")
     return _place.get() or Place(Path(store).expanduser().absolute(), Path(folder).expanduser().absolute())
+
+
+def asked_for(form: type[Parameters]) -> Parameters:
+    """The parameters of the flow run that begins, for its name."""
+    from prefect.runtime import flow_run
+
+    given = flow_run.parameters["parameters"]
+    return given if isinstance(given, form) else form.model_validate(given)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from prefect import get_run_logger
@@ -67,7 +67,6 @@ def _run(plan: Plan, tracker: Tracker, parameters: CompressParameters) -> dict[s
             done = run_graph(runner, _works(plan, tracker, parameters), parameters.runner.parallel)
         except TerminationSignal:
             _stop_at_once(plan)
-            raise
     results = {name: _outcome(done[f"step {name}"]) for name in plan.jobs}
     figures = {name: _outcome(done[f"evaluate {name}"]) for name in plan.evaluated}
     first = _outcome(done["evaluate original"])
@@ -80,7 +79,7 @@ def _run(plan: Plan, tracker: Tracker, parameters: CompressParameters) -> dict[s
     return run
 
 
-def _stop_at_once(plan: Plan) -> None:
+def _stop_at_once(plan: Plan) -> NoReturn:
     """End this process, which was cancelled: a task may wait for a lock that others hold for hours, and leaving would wait for it.
 
     Who sent the signal tells Prefect how the run ended.

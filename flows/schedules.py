@@ -28,7 +28,7 @@ from pydantic import ValidationError
 
 from tensorpress.errors import InputError, nearest
 from tensorpress.flows.deployments import FLOWS, deploy, ensure_pool
-from tensorpress.flows.parameters import NightlyParameters
+from tensorpress.flows.parameters import CompressParameters, NightlyParameters
 
 TAG = "schedule"
 SLUG = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
@@ -113,7 +113,7 @@ def _deployment(client: SyncPrefectClient, slug: str) -> Any:
 
 def _described(client: SyncPrefectClient, deployment: Any) -> Scheduled:
     (schedule, *_) = deployment.schedules or [None]
-    runs = list(deployment.parameters["parameters"]["runs"])
+    runs = [CompressParameters.model_construct(**run) for run in deployment.parameters["parameters"]["runs"]]
     ahead = _runs(client, deployment.id, [StateType.SCHEDULED], FlowRunSort.EXPECTED_START_TIME_ASC)
     begun = [kind for kind in StateType if kind not in (StateType.SCHEDULED, StateType.PENDING)]
     before = _runs(client, deployment.id, begun, FlowRunSort.START_TIME_DESC)
@@ -122,7 +122,7 @@ def _described(client: SyncPrefectClient, deployment: Any) -> Scheduled:
         schedule.schedule.cron if schedule else "-",
         schedule.schedule.timezone if schedule else "-",
         bool(schedule and schedule.active and not deployment.paused),
-        tuple(_name(run) for run in runs),
+        tuple(run.title for run in runs),
         tuple((run.expected_start_time, run.state_name) for run in ahead),
         tuple((run.start_time, run.state_name) for run in before),
     )
@@ -135,9 +135,3 @@ def _runs(client: SyncPrefectClient, deployment_id: Any, kinds: Sequence[StateTy
         sort=sort,
         limit=3,
     )
-
-
-def _name(run: dict[str, Any]) -> str:
-    text = run.get("text") or ""
-    named = re.search(r"^name:\s*(\S.*)$", text, re.MULTILINE)
-    return named.group(1) if named else str(run["recipe"])

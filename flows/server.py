@@ -6,10 +6,8 @@ This module must be used before `prefect` is imported: settings are read then.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
-import signal
 import socket
 import threading
 import time
@@ -56,8 +54,11 @@ class PrefectServer:
         self._meeting: Meeting | None = None
         self._stopped = threading.Event()
         self._watcher: threading.Thread | None = None
-        self.address = next((place for place, auth in known_servers(store) if _takes_us(place, auth)), "")
-        if self.address:
+        found = find_server(store)
+        if found is not None:  # Prefect's settings get what it wants to see, and nothing else
+            self.address, auth = found
+            os.environ.pop(AUTH_VARIABLE, None)
+            os.environ |= {AUTH_VARIABLE: auth} if auth else {}
             return
         self._meeting = Meeting(store)
         self.mark = self._meeting.join(_free_port())
@@ -142,6 +143,14 @@ def connected(address: str) -> Iterator[None]:
             ) from None
 
 
+def find_server(store: Path) -> tuple[str, str | None] | None:
+    """Address and credentials of the first of `known_servers` that answers and lets us in; None where none does."""
+    for address, auth in known_servers(store):
+        if answers(address) and lets_in(address, auth):
+            return address, auth
+    return None
+
+
 def known_servers(store: Path) -> list[tuple[str, str | None]]:
     """Addresses where a server may be, each with the credentials that it may see: nobody else gets them.
 
@@ -156,23 +165,7 @@ def known_servers(store: Path) -> list[tuple[str, str | None]]:
     return [*named, *own, *([] if own else [(DEFAULT_ADDRESS, None)])]
 
 
-def _takes_us(address: str, auth: str | None) -> bool:
-    """Whether a server answers and lets us in; Prefect's settings then have what it wants to see."""
-    if not (answers(address) and lets_in(address, auth)):
-        return False
-    os.environ.pop(AUTH_VARIABLE, None)
-    if auth:
-        os.environ[AUTH_VARIABLE] = auth
-    return True
-
-
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _die_with_parent() -> None:
-    """Linux: the server gets SIGTERM when the run that started it is killed."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)

@@ -21,8 +21,8 @@ from filelock import FileLock, Timeout
 
 from tensorpress.errors import InputError, StepError
 from tensorpress.files import write_whole
-from tensorpress.flows.access import LOOPBACK, USER, State, credentials, make_token, serve_folder
-from tensorpress.flows.children import Child, answers_at, clean_environment, descendants, end_all
+from tensorpress.flows.access import LOOPBACK, USER, State, credentials, make_token, serve_folder, write_private
+from tensorpress.flows.children import Child, answers_at, clean_environment
 from tensorpress.flows.place import FOLDER_VARIABLE, POOL, STORE_VARIABLE
 from tensorpress.flows.prefect_app import HOSTS_VARIABLE
 from tensorpress.flows.server import QUIET
@@ -113,9 +113,8 @@ class Servers:
 
     def __exit__(self, *error: object) -> None:
         for child in reversed(self.children):
-            if child.name == "worker" and child.process is not None:  # its runs first: it then reports their end
-                end_all(descendants(child.process.pid), 5.0)
-                time.sleep(0.5)
+            if child.name == "worker":
+                child.end_below()
             child.stop()
         (self.store / "serve" / "state.json").unlink(missing_ok=True)
         for lock in self._locks:
@@ -158,7 +157,7 @@ class Servers:
             mlflow.wait_healthy(START_SECONDS)
         if options.worker:
             worker.wait_healthy(START_SECONDS)
-        state = State(os.getpid(), psutil.Process().create_time(), options.prefect, options.mlflow, str(Path.cwd()))
+        state = State(os.getpid(), psutil.Process().create_time(), options.prefect, options.mlflow)
         write_whole(folder / "state.json", json.dumps(asdict(state)))
 
     @property
@@ -186,7 +185,7 @@ class Servers:
         self._locks.append(lock)
 
     def _hosts(self) -> list[str]:
-        return list(dict.fromkeys([*LOOPBACK[:2], self._local, *self.options.allowed_hosts]))
+        return list(dict.fromkeys([*LOOPBACK, self._local, *self.options.allowed_hosts]))
 
     def _prefect_command(self) -> list[str]:
         address = ["--host", self.options.host, "--port", str(self.options.prefect_port), "--log-level", "warning"]
@@ -246,10 +245,7 @@ class Servers:
             f"admin_password = {self.token}", "authorization_function = mlflow.server.auth:authenticate_request_basic_auth",
             "auth_cache_ttl_seconds = 60",
         ]  # fmt: skip
-        path.unlink(missing_ok=True)
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")
+        write_private(path, "\n".join(lines) + "\n")
         return path
 
     def _worker_environment(self) -> dict[str, str]:

@@ -7,7 +7,6 @@ output: {"progress": [what, done, total]}, {"clock": true | false}, and at the e
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -16,6 +15,8 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+from tensorpress.tasks.alive import die_with_parent
 
 
 def main() -> None:
@@ -63,9 +64,8 @@ def _answer(request: dict[str, Any], say: Any) -> dict[str, Any]:
 
 
 def _die_with(parent: int) -> None:
-    """Linux: be killed when the thread that waits for the answer is gone."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    """Be killed when the thread that waits for the answer is gone, also when it went before this was asked for."""
+    die_with_parent(signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
 

@@ -11,7 +11,7 @@ from prefect.cache_policies import NO_CACHE
 from tensorpress.artifact import Artifact, Store
 from tensorpress.tasks.card import card_of
 from tensorpress.tasks.folders import located
-from tensorpress.tasks.measuring import measure, measure_within
+from tensorpress.tasks.measuring import measure_within
 from tensorpress.tasks.show import progress_shown
 from tensorpress.tasks.step import use_threads
 from tensorpress.tasks.tracking import Tracker
@@ -50,6 +50,3 @@ def run_evaluation(
             record = {**Artifact(store.folder(subject["digest"])).record, "metrics": result["metrics"]}
             store.note(subject["digest"], record, card_of(record))
     return {**result, "work_seconds": time.monotonic() - start}
-
-
-__all__ = ["measure", "run_evaluation"]

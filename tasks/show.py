@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 from uuid import UUID
 
@@ -21,6 +21,7 @@ from prefect.artifacts import (
 from prefect.exceptions import FailedRun, PrefectException
 
 from tensorpress.errors import InputError, StepError
+from tensorpress.pictures.tables import human_seconds, present, write
 from tensorpress.tasks.progress import task_sink
 
 LONG, BETWEEN = 3.0, 2.0
@@ -107,28 +108,12 @@ def say_failures_once() -> None:
         logger.addFilter(_KnownFailures())
 
 
-def results_rows(document: dict[str, Any]) -> tuple[list[str], list[Sequence[str]]]:
-    """Headers and rows of a run's results: the original, then every leaf; the columns that the run measured."""
-    wanted = {
-        "perplexity_ratio": "perplexity ratio",
-        "sts_spearman": "STS",
-        "top1_agreement": "top-1 agreement",
-        "size_ratio": "size ratio",
-        "bytes": "MB",
-        "decode_tokens_per_second": "decode tok/s",
-        "decode_speedup": "decode speed-up",
-    }
+def results_rows(document: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows of a run's results: the original, then every leaf; the headline metrics that the leaves have."""
     leaves = [artifact for artifact in document["artifacts"] if artifact["leaf"]]
-    names = [name for name in wanted if any(name in leaf["metrics"] for leaf in leaves)]
-    rows = [["original", "", *(_cell(document["original"], name) for name in names)]]
+    shown = present([leaf["metrics"] for leaf in leaves], headline=True)
+    rows = [["original", "", *(write(metric.key, document["original"].get(metric.key)) for metric in shown)]]
     for leaf in leaves:
-        state = leaf["error"] or ("from the store" if leaf["cached"] else f"{leaf['seconds'] or 0:.1f} s")
-        rows.append([leaf["node"], state, *(_cell(leaf["metrics"], name) for name in names)])
-    return ["branch", "made", *(wanted[name] for name in names)], rows  # type: ignore[return-value]
-
-
-def _cell(metrics: dict[str, float], name: str) -> str:
-    value = metrics.get(name)
-    if value is None:
-        return ""
-    return f"{value / 1e6:.2f}" if name == "bytes" else f"{value:.4g}"
+        made = leaf["error"] or ("from the store" if leaf["cached"] else human_seconds(leaf["seconds"] or 0))
+        rows.append([leaf["node"], made, *(write(metric.key, leaf["metrics"].get(metric.key)) for metric in shown)])
+    return ["branch", "made", *(metric.label for metric in shown)], rows

@@ -78,7 +78,7 @@ def evaluate(
     from tensorpress.checks import read_config
     from tensorpress.recipe import EvaluationSpec
     from tensorpress.tasks.bench import check_model, check_same_kind
-    from tensorpress.tasks.evaluate import measure
+    from tensorpress.tasks.measuring import measure
     from tensorpress.tasks.planning import config_kind
 
     check_json_target(json_file)

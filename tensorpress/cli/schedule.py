@@ -97,7 +97,7 @@ def _parameters(
 @contextmanager
 def _client(store: Path) -> Iterator[Any]:
     """A client of the server that runs for a store. Raises InputError when none does."""
-    from tensorpress.flows.connection import find_server
+    from tensorpress.flows.server import find_server
     from tensorpress.flows.serving import connected_client
 
     found = find_server(store.expanduser().absolute())

@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -59,16 +59,13 @@ def serve(
         return
     check(options)
     check_place(place)
-    with _stop_on_signals() as stopped:
+    with _stop_on_signals() as stopped, ExitStack() as started:
         with console.status("starting the servers"):
-            servers = Servers(options).__enter__()
-        try:
-            _say_addresses(options.prefect, options.mlflow)
-            _say_token(servers.token, servers.is_new, place)
-            console.print("ready; Ctrl-C stops all of it", markup=False)
-            servers.watch(lambda line: console.print(line, markup=False), stopped)
-        finally:
-            servers.__exit__()
+            servers = started.enter_context(Servers(options))
+        _say_addresses(options.prefect, options.mlflow)
+        _say_token(servers.token, servers.is_new, place)
+        console.print("ready; Ctrl-C stops all of it", markup=False)
+        servers.watch(lambda line: console.print(line, markup=False), stopped)
     console.print("stopped")
 
 

@@ -224,7 +224,7 @@ def test_encoders_go_through_every_step(address, recipe, tensorpress_run):
 def test_a_task_takes_and_gives_handles_and_leaves_no_model_behind(recipe, place):
     from tensorpress.flows.place import working_in
     from tensorpress.flows.request import prepare, written
-    from tensorpress.tasks.step import make_artifact
+    from tensorpress.tasks.making import make_artifact
 
     with working_in(place / "store", place):
         plan = prepare(written(recipe().read_text(), []))

@@ -97,6 +97,6 @@ def test_what_cannot_be_scheduled(served):
 
 def test_without_a_server(tmp_path, tensorpress_run, monkeypatch):
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
-    monkeypatch.setattr("tensorpress.flows.connection.DEFAULT_ADDRESS", "http://127.0.0.1:9/api")
+    monkeypatch.setattr("tensorpress.flows.server.DEFAULT_ADDRESS", "http://127.0.0.1:9/api")
     result = tensorpress_run("schedule", "--list", "--store", tmp_path / "store")
     assert result.code == 2 and "tensorpress serve" in result.err and not (tmp_path / "store").exists()
