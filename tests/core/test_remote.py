@@ -152,21 +152,33 @@ def test_records_from_outside_that_say_nothing(content):
 # --- leases
 
 
+taken: list[Lease] = []
+
+
 def lease(remote, place, seconds=1.0, name="x"):
-    return Lease(remote, name, place, seconds)
+    taken.append(Lease(remote, name, place, seconds))
+    return taken[-1]
+
+
+@pytest.fixture(autouse=True)
+def nothing_held_afterwards():
+    """A lease that is held is written anew for ever, also while later tests count requests."""
+    yield
+    while taken:
+        taken.pop().release()
 
 
 def test_a_second_one_waits_until_it_is_given_back(remote):
     first, second = lease(remote, "a", seconds=30), lease(remote, "b", seconds=30)
     assert first.hold() is False and first.hold() is True
-    taken = threading.Event()
-    waiting = threading.Thread(target=lambda: (second.hold(), taken.set()))
+    held = threading.Event()
+    waiting = threading.Thread(target=lambda: (second.hold(), held.set()))
     waiting.start()
-    assert not taken.wait(1.0)
+    assert not held.wait(1.0)
     lease(remote, "c", name="another").hold()
     begun = time.monotonic()
     first.release()
-    assert taken.wait(10) and time.monotonic() - begun < 4.0, "given back is told at once, not after the lease's time"
+    assert held.wait(10) and time.monotonic() - begun < 4.0, "given back is told at once, not after the lease's time"
     waiting.join()
     assert second.hold() is True and remote.names("locks/x", "g") == ["g2"]
     second.release()
