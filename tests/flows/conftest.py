@@ -48,11 +48,12 @@ def write_texts(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a running server; runs of the command line find it by PREFECT_API_URL."""
+    """The address of a running server; tests whose runs are to find it set PREFECT_API_URL."""
     from tensorpress.flows.server import PrefectServer
 
     server = PrefectServer(tmp_path_factory.mktemp("prefect"))
     address = server.wait()
+    os.environ.pop("PREFECT_API_URL")  # others look for the servers of their store
     yield address
     server.stop()
 
@@ -91,6 +92,11 @@ def recipe(place: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+def without_servers() -> dict[str, str]:
+    """The environment of a user who named no servers."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "MLFLOW"))}
 
 
 class Served(NamedTuple):
@@ -144,6 +150,7 @@ class Served(NamedTuple):
     def command(self, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
         """Run the command line where the servers were started."""
         line = [sys.executable, "-m", "tensorpress", *map(str, arguments)]
+        options = {"env": without_servers(), **options}
         return subprocess.run(line, cwd=self.folder, capture_output=True, text=True, timeout=300, **options)
 
 
@@ -165,11 +172,10 @@ def served(tmp_path_factory: pytest.TempPathFactory, save_folder: Any) -> Iterat
     prefect, mlflow = free_ports(2)
     output = folder / "serve.txt"
     ports = ["--prefect-port", str(prefect), "--mlflow-port", str(mlflow)]
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "MLFLOW"))}
     with output.open("wb") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "tensorpress", "serve", *ports],
-            cwd=folder, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=clean,
+            cwd=folder, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=without_servers(),
         )  # fmt: skip
     end = time.monotonic() + 180
     while "ready" not in output.read_text():

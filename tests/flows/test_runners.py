@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -43,27 +42,14 @@ def test_the_same_artifacts_side_by_side(prefect_api, recipe, tensorpress_run, m
     path = recipe(steps=STEPS, evaluate=["perplexity", "size"])
     alone = tensorpress_run("run", path, "--store", "alone", "--json", "alone.json")
     assert alone.code == 0, alone.err
-    kinds = ["threads", "dask", "ray"] if importlib.util.find_spec("ray") else ["threads", "dask"]
-    for kind in kinds:
-        options = [
-            "--store",
-            kind,
-            "--json",
-            f"{kind}.json",
-            "--runner",
-            kind,
-            "--parallel",
-            3,
-        ]  # the original is measured meanwhile
-        both = tensorpress_run("run", path, *options)
+    for kind in ("threads", "dask", "ray"):
+        options = ["--runner", kind, "--parallel", 3]  # the third measures the original meanwhile
+        both = tensorpress_run("run", path, "--store", kind, "--json", f"{kind}.json", *options)
         assert both.code == 0, both.err + both.out
         document = json.loads(Path(f"{kind}.json").read_text())
         assert document["original"] == pytest.approx(json.loads(Path("alone.json").read_text())["original"])
         assert digests(document) == digests(json.loads(Path("alone.json").read_text()))
-        side_by_side = overlap(prefect_api, document["flow_run_id"])
-        assert side_by_side or kind != "threads", "one branch waited for the other"  # Dask: not so yet
-    if "ray" not in kinds:
-        pytest.skip("ray is not installed: the extra `ray` was NOT tested")
+        assert overlap(prefect_api, document["flow_run_id"]), f"{kind}: one branch waited for the other"
 
 
 def test_what_is_timed_runs_alone():

@@ -37,5 +37,9 @@ def test_rows_of_results():
     }
     failed = {"node": "p", "leaf": True, "error": "no room", "cached": False, "seconds": None, "metrics": {}}
     headers, rows = show.results_rows({"original": {"bytes": 1.4e7}, "artifacts": [leaf, failed]})
-    assert headers == ["branch", "made", "size ratio", "MB"]
-    assert rows == [["original", "", "", "14.00"], ["q", "from the store", "0.37", "5.00"], ["p", "no room", "", ""]]
+    assert headers == ["branch", "made", "size", "size ratio"]
+    assert rows == [
+        ["original", "", "14.0 MB", "–"],
+        ["q", "from the store", "5.00 MB", "0.370"],
+        ["p", "no room", "–", "–"],
+    ]
