@@ -122,7 +122,9 @@ def test_a_step_that_dies_or_hangs_fails_alone(address, recipe, place, fault):
     limits = {"seconds": 15} if fault == "hangs" else {"memory": 64}
     path = recipe(steps={"endless": LONG, "after": {**QUICK, "after": "endless"}, "other": QUICK}, limits=limits)
     run = start(path, "--store", "store", "--json", "out.json", "--set", "evaluate=[size]")
-    child = wait_until(lambda: Path("store/mlflow.db").exists() and "endless" in statuses(Path("store")) and child_of(run))
+    child = wait_until(
+        lambda: Path("store/mlflow.db").exists() and "endless" in statuses(Path("store")) and child_of(run)
+    )
     if fault == "killed":
         wait_until(lambda: child.memory_info().rss > 2e8)
         child.kill()
