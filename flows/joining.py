@@ -14,7 +14,7 @@ from tensorpress.flows.access import USER, credentials, lets_in, serve_folder
 from tensorpress.flows.children import Child
 from tensorpress.flows.place import FOLDER_VARIABLE, STORE_VARIABLE
 from tensorpress.flows.server import answers
-from tensorpress.flows.serving import worker_command, worker_environment
+from tensorpress.flows.serving import START_SECONDS, worker_environment, worker_of
 
 
 def check_servers(api: str, mlflow: str, token: str) -> None:
@@ -39,8 +39,8 @@ def check_servers(api: str, mlflow: str, token: str) -> None:
 
 @contextlib.contextmanager
 def joined(api: str, mlflow: str, token: str, limit: int, store: Path) -> Iterator[Child]:
-    """A worker for the servers at these addresses, ended with its runs."""
-    environment = worker_environment(api, token, mlflow) | {
+    """A worker for the servers at these addresses, ended with its runs. Raises StepError when it does not come up."""
+    environment = worker_environment(api, token, mlflow, limit) | {
         STORE_VARIABLE: str(store),
         FOLDER_VARIABLE: str(Path.cwd()),
         "PREFECT_HOME": str(store / "prefect"),
@@ -48,9 +48,10 @@ def joined(api: str, mlflow: str, token: str, limit: int, store: Path) -> Iterat
         "MLFLOW_TRACKING_USERNAME": USER,
         "MLFLOW_TRACKING_PASSWORD": token,
     }
-    child = Child("worker", worker_command(limit), environment, serve_folder(store) / f"worker-{os.getpid()}.log", bool)
+    child = worker_of(api, token, environment, limit, serve_folder(store) / f"worker-{os.getpid()}.log")
     child.start()
     try:
+        child.wait_healthy(START_SECONDS)
         yield child
     finally:
         child.end_below()

@@ -133,7 +133,11 @@ class NightlyParameters(Form):
         0.2, ge=0, le=10, title="Tolerance of speed", description="the same for figures of speed, which vary"
     )
     keep_days: float | None = Field(
-        None, ge=0, le=36_500, title="Keep days", description="afterwards remove what was not used for so long"
+        None,
+        ge=0,
+        le=36_500,
+        title="Keep days",
+        description="afterwards remove artifacts that were not used, and runs that began, longer ago",
     )
     keep_gigabytes: float | None = Field(
         None, gt=0, le=10**6, title="Keep gigabytes", description="afterwards bring the store below this size"

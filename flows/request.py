@@ -24,6 +24,8 @@ INSTEAD = {"tokens": "minutes", "minutes": "tokens", "keep": "bond_dimension"}
 
 def written(text: str, overrides: list[str], **more: Any) -> CompressParameters:
     """Parameters of a run of a recipe given as text. Raises InputError."""
+    if not text.strip():
+        raise InputError("recipe: is empty; it needs at least name, model and steps")
     try:
         return CompressParameters(recipe=WRITTEN, text=text, overrides=overrides, **more)
     except ValidationError as error:

@@ -11,7 +11,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,7 @@ from tensorpress.flows.access import LOOPBACK, USER, State, credentials, make_to
 from tensorpress.flows.children import Child, answers_at, clean_environment
 from tensorpress.flows.place import FOLDER_VARIABLE, POOL, STORE_VARIABLE
 from tensorpress.flows.prefect_app import HOSTS_VARIABLE
-from tensorpress.flows.server import QUIET
-
-START_SECONDS = 90.0
+from tensorpress.flows.server import QUIET, START_SECONDS
 
 
 @dataclass(frozen=True)
@@ -148,10 +146,8 @@ class Servers:
             prefect.wait_healthy(START_SECONDS)
             self._deploy()  # and tell of runs that were killed with their server
             if options.worker:
-                command = worker_command(self.options.limit)
-                worker = Child(
-                    "worker", command, self._worker_environment(), folder / "worker.log", self._worker_is_there
-                )
+                log = folder / "worker.log"
+                worker = worker_of(self.api, self.token, self._worker_environment(), options.limit, log)
                 self.children.append(worker)
                 worker.start()
             mlflow.wait_healthy(START_SECONDS)
@@ -250,25 +246,15 @@ class Servers:
 
     def _worker_environment(self) -> dict[str, str]:
         own = {STORE_VARIABLE: str(self.store), FOLDER_VARIABLE: str(Path.cwd())}
-        return worker_environment(self.api, self.token, self.options.mlflow) | own
-
-    def _worker_is_there(self) -> bool:
-        with self._client() as client:
-            workers = client.read_workers_for_work_pool(POOL)
-        return any(str(worker.status).endswith("ONLINE") and worker.name == worker_name() for worker in workers)
+        return worker_environment(self.api, self.token, self.options.mlflow, self.options.limit) | own
 
     def _deploy(self) -> None:
         from tensorpress.flows.deployments import deploy_all
         from tensorpress.tasks.sweep import sweep_prefect
 
-        with self._client() as client:
+        with connected_client(self.api, credentials(self.token)) as client:
             deploy_all(client)
             sweep_prefect(self.store)
-
-    @contextlib.contextmanager
-    def _client(self) -> Iterator[Any]:
-        with connected_client(self.api, credentials(self.token)) as client:
-            yield client
 
 
 @contextlib.contextmanager
@@ -284,21 +270,25 @@ def connected_client(address: str, auth: str | None) -> Iterator[Any]:
         yield client
 
 
-def worker_name() -> str:
-    """The name under which this machine's worker is listed."""
-    return f"{platform.node()}-{os.getpid()}"
+def worker_of(api: str, token: str, environment: Mapping[str, str], limit: int, log: Path) -> Child:
+    """A worker that takes so many flow runs at once from the server at `api`; healthy when that lists it as online."""
+    name = f"{platform.node()}-{os.getpid()}"
+    options = ["--pool", POOL, "--type", "process", "--name", name, "--limit", str(limit), "--install-policy", "never"]
+
+    def is_listed() -> bool:
+        with connected_client(api, credentials(token)) as client:
+            workers = client.read_workers_for_work_pool(POOL)
+        return any(str(worker.status).endswith("ONLINE") and worker.name == name for worker in workers)
+
+    return Child("worker", [sys.executable, "-m", "prefect", "worker", "start", *options], environment, log, is_listed)
 
 
-def worker_command(limit: int) -> list[str]:
-    """The command of a worker that works on so many flow runs at once."""
-    pool = ["--pool", POOL, "--type", "process", "--name", worker_name(), "--limit", str(limit)]
-    return [sys.executable, "-m", "prefect", "worker", "start", *pool, "--install-policy", "never"]
-
-
-def worker_environment(api: str, token: str, mlflow: str) -> dict[str, str]:
-    """The environment of a worker and of the flow runs that it starts."""
+def worker_environment(api: str, token: str, mlflow: str, limit: int) -> dict[str, str]:
+    """The environment of a worker and of the flow runs that it starts, which share out the cores where there are several."""
+    shared = {} if limit == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // limit))}
     return {
         **clean_environment(),
+        **shared,
         **QUIET,
         "PREFECT_LOGGING_LEVEL": "INFO",
         "PREFECT_API_URL": api,

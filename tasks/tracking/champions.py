@@ -41,11 +41,11 @@ def decide(
     document: Mapping[str, Any],
     tolerance: float = TOLERANCE,
     speed_tolerance: float = SPEED_TOLERANCE,
-    promote_it: bool = True,
+    promote: bool = True,
 ) -> Decision:
     """Hold a run against the champion of its line, and promote its candidate when no metric got worse beyond the tolerance.
 
-    With `promote_it` false nothing is promoted; the decision says what would be. Raises InputError for a champion's file that
+    With `promote` false nothing is promoted; the decision says what would be. Raises InputError for a champion's file that
     cannot be read, StepError when the candidate is gone from the store.
     """
     with store.lock(LOCK):
@@ -57,15 +57,15 @@ def decide(
         changes = compare(found, before, tolerance, speed_tolerance) if before else []
         worse = [change.says for change in changes if change.verdict == "worse"]
         if before and before["digest"] == found["digest"]:
-            if promote_it:
+            if promote:
                 before = _followed(client, store, _measured_again(store, before, found), found["run_id"])
             says = [f"{_named(found)} is the champion already", *worse]
             return Decision("unchanged", line, before, found, changes, says)
         if worse and before:
             says = [f"{_named(before)} stays the champion: {_named(found)} is worse in {len(worse)} metrics", *worse]
             return Decision("worse", line, before, found, changes, says)
-        after = _promote(client, store, line, found, document) if promote_it else before
-    became = "became" if promote_it else "would become"
+        after = _promote(client, store, line, found, document) if promote else before
+    became = "became" if promote else "would become"
     instead = f" in place of {_named(before)}" if before else ", the first of its line"
     gained = [change.says for change in changes if change.verdict == "better"]
     says = [f"{_named(found)} {became} the champion{instead}", *gained]
@@ -82,17 +82,6 @@ def register(client: MlflowClient, store: Store, document: Mapping[str, Any]) ->
         return None
     with store.lock(LOCK):
         return str(_version(client, line_of(client, document), found, found["run_id"]).version)
-
-
-def promote(
-    client: MlflowClient, store: Store, line: str, artifact: Mapping[str, Any], document: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Make an artifact of a run the champion of a line; returns what its file says from now on.
-
-    Raises StepError when the artifact is not in the store any more.
-    """
-    with store.lock(LOCK):
-        return _promote(client, store, line, artifact, document)
 
 
 def restore(client: MlflowClient, store: Store) -> None:
@@ -233,7 +222,6 @@ __all__ = [
     "compare",
     "decide",
     "line_of",
-    "promote",
     "register",
     "restore",
 ]

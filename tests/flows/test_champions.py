@@ -204,7 +204,7 @@ def test_the_nights_of_a_line(night):
     none = night.decide(good("cc", perplexity_ratio=1.3))
     assert none.verdict == "none" and "no branch holds" in none.says[0] and "stays the champion" in none.says[1]
 
-    would = night.decide(good("dd", bytes=50), promote_it=False)
+    would = night.decide(good("dd", bytes=50), promote=False)
     assert would.verdict == "promoted" and would.champion["digest"] == "aa" and "would become" in would.says[0]
     assert json.loads(file.read_text()) == written
 
