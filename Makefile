@@ -36,8 +36,9 @@ build/types/tensorpress: $(STAMP)
 	rm -rf build/types build/lib
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/types .
 
+# Two at a time, a file each, so that a server is started once for the tests of a file.
 tests: $(STAMP)
-	$(BIN)/pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile
 
 # Known vulnerabilities of what is pinned, where their data can be reached; else says what was compared instead.
 audit: $(STAMP)

@@ -14,6 +14,7 @@ from typing import Any
 from prefect import Task
 from prefect.client.schemas.objects import RunInput, TaskRunResult
 from prefect.context import TagsContext
+from prefect.exceptions import UnfinishedRun
 from prefect.futures import PrefectFuture
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
@@ -71,12 +72,14 @@ def _next(waiting: Mapping[str, Work], finished: Mapping[str, Any], running: lis
 
 
 def _result(future: PrefectFuture[Any]) -> Any:
-    """What a finished task returned; the future of one that failed, from which Prefect sees that its followers cannot run.
+    """What a finished task returned; the future of one that failed or never began: Prefect sees that its followers cannot run.
 
     Not the future of all: Dask puts a task beside the data of a future, which here would be both branches on one worker.
     """
-    result = future.result(raise_on_failure=False)
-    return result if isinstance(result, dict) else future
+    with contextlib.suppress(UnfinishedRun):
+        if isinstance(result := future.result(raise_on_failure=False), dict):
+            return result
+    return future
 
 
 def _tell(name: str, future: PrefectFuture[Any], done: queue.SimpleQueue[str]) -> None:

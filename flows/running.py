@@ -73,7 +73,7 @@ def _run(plan: Plan, tracker: Tracker, parameters: CompressParameters) -> dict[s
     inside = sum(r.get("work_seconds", 0.0) for r in (*results.values(), *figures.values(), first))
     for name, figure in figures.items():
         if figure.get("error") and results[name].get("run_id"):
-            tracker.close_step(results[name]["run_id"], figure["error"])
+            tracker.close_step(results[name], figure["error"])
     run = _document(plan, results, figures, first)
     run["_inside"] = min(inside, time.monotonic() - began)
     return run

@@ -44,8 +44,7 @@ def run_evaluation(
         raise
     tracker.measured(run_id or tracking["run_id"], result, None if run_id else "original.")
     if run_id:
-        sizes = {name: value for name, value in subject["size"].items() if name not in result["metrics"]}
-        tracker.close_step(run_id, None, sizes)
+        tracker.close_step(subject, None, result["metrics"])
         with store.lock(subject["digest"]):
             record = {**Artifact(store.folder(subject["digest"])).record, "metrics": result["metrics"]}
             store.note(subject["digest"], record, card_of(record))

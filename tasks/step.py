@@ -22,7 +22,7 @@ def run_step(label: str, job: dict[str, Any], parent: dict[str, Any], tracking: 
     """Make the artifact of a job, or find it in the store; its MLflow run is a child of the flow's, and ends here if this is
     the `last` task about it.
 
-    Returns {"node", "path", "digest", "cached", "seconds", "report", "run_id", "work_seconds"}. The store is the cache: an artifact is taken
+    Returns {"node", "path", "digest", "cached", "seconds", "report", "run_id", "use", "work_seconds"}. The store is the cache: an artifact is taken
     only when its bytes on disk are those that were written.
     """
     start = time.monotonic()
@@ -32,15 +32,16 @@ def run_step(label: str, job: dict[str, Any], parent: dict[str, Any], tracking: 
     run_id = tracker.start_step(work)
     try:
         with progress_shown(label):
-            result = make_artifact(work, Path(parent["path"]))
+            made = make_artifact(work, Path(parent["path"]))
+        result = {**made, "run_id": run_id, "use": work.use}
         tracker.step_done(run_id, work, result)
         if last:
-            tracker.close_step(run_id, None, result["size"])
+            tracker.close_step(result, None)
     except BaseException as error:
         tracker.fail(run_id, error)
         raise
     say_made(label, result)
-    result |= {"run_id": run_id, "work_seconds": time.monotonic() - start}
+    result["work_seconds"] = time.monotonic() - start
     return Completed(name="Cached", message="found in the store", data=result) if result["cached"] else result
 
 

@@ -148,8 +148,7 @@ class Tracker:
         return str(run.info.run_id)
 
     def step_done(self, run_id: str, job: Job, result: dict[str, Any]) -> None:
-        """Record the artifact of a step by reference, its report, and its time."""
-        self._metrics(run_id, {"step_seconds": result["seconds"], **summary_metrics(job.use, result["report"])})
+        """Record the artifact of a step by reference, and its report."""
         self._tags(run_id, {"tensorpress.path": result["path"], "tensorpress.cached": result["cached"]})
         self.text(json.dumps(result["report"], indent=1), "report.json", run_id)
         node = {"step": job.step, "use": job.use, "digest": job.digest}
@@ -166,9 +165,15 @@ class Tracker:
             self.text(text, name, run_id)
         self.text(json.dumps(result["conditions"], indent=1, default=str), "conditions.json", run_id)
 
-    def close_step(self, run_id: str, problem: str | None, sizes: Mapping[str, float] | None = None) -> None:
-        """End the run of a step whose artifact was made; `problem` says why it could not be measured."""
-        self._metrics(run_id, sizes or {})
+    def close_step(self, result: Mapping[str, Any], problem: str | None, measured: Iterable[str] = ()) -> None:
+        """End the run of a step whose artifact was made; `problem` says why it could not be measured.
+
+        Time, sizes and the method's own metrics come after what was `measured`: MLflow's comparison shows first what was logged first.
+        """
+        run_id = result["run_id"]
+        sizes = {name: value for name, value in result["size"].items() if name not in set(measured)}
+        own = summary_metrics(result["use"], result["report"])
+        self._metrics(run_id, {**sizes, **own, "step_seconds": result["seconds"]})
         if problem:
             self._tags(run_id, {"tensorpress.error": problem})
         self.client.set_terminated(run_id, "FAILED" if problem else "FINISHED")
