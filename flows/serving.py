@@ -144,12 +144,13 @@ class Servers:
             for child in self.children:
                 child.start()
             prefect.wait_healthy(START_SECONDS)
-            self._deploy()  # and tell of runs that were killed with their server
-            if options.worker:
-                log = folder / "worker.log"
-                worker = worker_of(self.api, self.token, self._worker_environment(), options.limit, log)
+            if options.worker:  # it makes the pool if need be, and takes as long to come up as what follows
+                worker = worker_of(
+                    self.api, self.token, self._worker_environment(), options.limit, folder / "worker.log"
+                )
                 self.children.append(worker)
                 worker.start()
+            self._deploy()  # and tell of runs that were killed with their server
             mlflow.wait_healthy(START_SECONDS)
         if options.worker:
             worker.wait_healthy(START_SECONDS)
