@@ -231,5 +231,17 @@ def _show(document: dict[str, Any], store: Path) -> None:
     short = document["mlflow_run_id"][:8]
     home = f"{Path(sys.executable).parent}/" if shutil.which("tensorpress") is None else ""
     console.print(f"report:     {home}tensorpress report {short}")
-    console.print(f"dashboard:  {home}mlflow ui --backend-store-uri sqlite:///{store.absolute() / 'mlflow.db'}")
+    console.print(f"dashboard:  {_dashboard(store.absolute(), home)}")
     console.print(f"artifacts:  {store.absolute() / 'models'}")
+
+
+def _dashboard(store: Path, home: str) -> str:
+    """Where the runs are looked at: the MLflow server that runs, or the command that starts one."""
+    from tensorpress.flows.access import read_state
+    from tensorpress.secrets import redact
+    from tensorpress.tasks.tracking import tracking_uri
+
+    served, uri = read_state(store), tracking_uri(store)
+    if not uri.startswith("sqlite:"):
+        return redact(uri)
+    return served.mlflow if served else f"{home}mlflow ui --backend-store-uri {uri}"

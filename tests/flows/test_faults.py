@@ -230,7 +230,7 @@ def test_the_database_is_locked_by_another_program(address, recipe, place, tenso
     assert tensorpress_run("run", path, "--store", "store").code == 0
     hold = "import sqlite3, time; c = sqlite3.connect('store/mlflow.db', isolation_level=None); c.execute('BEGIN EXCLUSIVE'); "
     other = subprocess.Popen(
-        [sys.executable, "-c", hold + "print(1, flush=True); time.sleep(8)"], stdout=subprocess.PIPE
+        [sys.executable, "-c", hold + "print(1, flush=True); time.sleep(30)"], stdout=subprocess.PIPE
     )
     assert other.stdout is not None and other.stdout.readline()
     assert tensorpress_run("run", path, "--store", "store").code == 0  # it waits

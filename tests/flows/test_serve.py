@@ -133,6 +133,7 @@ def test_a_run_from_the_form_does_what_the_command_line_does(served, recipe_text
     options = ["--set", "steps.quantize.bits=3", "--json", "out.json"]
     line = served.command("run", "recipe.yaml", *options)
     assert line.returncode == 0, line.stderr
+    assert f"dashboard:  {served.mlflow}\n" in line.stdout
     document = json.loads((served.folder / "out.json").read_text())
     assert [a["cached"] for a in document["artifacts"]] == [True], "the digests differ"
     assert served.flow_run(document["flow_run_id"])["state_type"] == "COMPLETED", "it used another server"
