@@ -11,7 +11,7 @@ quickstart: $(STAMP)
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard kernels/cpu/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tensorpress needs Python 3.11 or later")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
@@ -34,7 +34,7 @@ imports: build/types/tensorpress
 .PHONY: build/types/tensorpress
 build/types/tensorpress: $(STAMP)
 	rm -rf build/types build/lib
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/types .
+	TENSORPRESS_NO_NATIVE=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/types .
 
 # Two at a time, a file each, so that a server is started once for the tests of a file.
 tests: $(STAMP)

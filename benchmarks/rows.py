@@ -6,24 +6,26 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from tensorpress.evaluators.speed import device_name
-from tensorpress.versions import versions
 
-
-def row(name: str, value: float, unit: str, bar: float | None) -> dict[str, Any]:
-    """A figure that must not be above its bar; one without a bar holds."""
+def row(name: str, value: float, unit: str, bar: float | None, least: bool = False) -> dict[str, Any]:
+    """A figure that must not be above its bar, or not below it where that says the `least`; one without a bar holds."""
     return {
         "name": name, "value": round(value, 3), "unit": unit, "peer": "the bar", "peer_value": bar,
-        "ratio": value / bar if bar else None, "bar": bar, "holds": bar is None or value <= bar,
+        "ratio": value / bar if bar else None, "bar": bar, "least": least,
+        "holds": bar is None or (value >= bar if least else value <= bar),
     }  # fmt: skip
 
 
 def finish(rows: list[dict[str, Any]], conditions: dict[str, Any], target: Path | None) -> None:
     """Print the table, write the file, and exit with 0 when every bar holds, else with 1."""
+    import torch
+
+    from tensorpress.evaluators.speed import device_name
+    from tensorpress.versions import versions
+
     table = Table("figure", "value", "bar", "holds", box=None)
     for line in rows:
         bar = "" if line["bar"] is None else f"{line['bar']:g}"

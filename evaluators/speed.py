@@ -43,8 +43,10 @@ def _now(device: torch.device) -> float:
 
 def resident_bytes(model: nn.Module) -> int:
     """Bytes of a model's parameters and buffers, shared ones once, and of what its kernels keep beside them."""
-    kept = [m.unpacked[1] for m in model.modules() if isinstance(m, QuantizedLinear) and m.unpacked is not None]
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers(), *kept))
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    kept = [layer.unpacked[1] for layer in layers if layer.unpacked is not None]
+    packed = sum(layer.packed.nbytes for layer in layers if layer.packed is not None)
+    return packed + sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *kept))
 
 
 def device_name(device: torch.device) -> str:

@@ -7,12 +7,13 @@ Format `gptq` (version 1) stores z - 1, `gptq_v2` stores z.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from tensorpress.kernels import registry
+from tensorpress.kernels import cpu_linear, registry
 from tensorpress.kernels.packing import pack, packed_rows, unpack
 
 BITS = (2, 3, 4, 8)
@@ -60,6 +61,8 @@ class QuantizedLinear(nn.Module):
         self.kernel = "auto"
         self.unpacked: tuple[torch.Tensor, torch.Tensor] | None = None
         """What the kernel `unpacked` keeps: the integers that it was made of, and the dense weight."""
+        self.packed: Any = None
+        """What the compiled kernels keep: the weights in their own layout."""
 
     @classmethod
     def from_integers(
@@ -143,3 +146,5 @@ def quantized_linear_unpacked(layer: QuantizedLinear, x: torch.Tensor) -> torch.
 
 registry.register("quantized_linear", "unpacked", quantized_linear_unpacked)
 registry.register("quantized_linear", "reference", quantized_linear_reference)
+for _mode in cpu_linear.MODES:
+    registry.register("quantized_linear", _mode, partial(cpu_linear.run, _mode), cpu_linear.can_run)

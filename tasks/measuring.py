@@ -18,7 +18,7 @@ from tensorpress.artifact import Store
 from tensorpress.evaluators.base import EvaluationData, Subject
 from tensorpress.evaluators.catalog import MEASURES, relative_metrics
 from tensorpress.evaluators.data import evaluation_data
-from tensorpress.kernels import registry
+from tensorpress.kernels import cpu_linear, registry
 from tensorpress.loading import load, use_kernels, use_quick_kernels
 from tensorpress.source import read_tokenizer
 from tensorpress.tasks.isolate import Clock, is_isolated, run_isolated
@@ -140,7 +140,7 @@ def _key(name: str, job: dict[str, Any], subject: dict[str, Any]) -> str:
     if name == "sts":
         texts["pairs"] = digest.of_file(Path(spec["pairs"]).expanduser())
     machine = (
-        [platform.node(), platform.processor(), torch.get_num_threads(), job.get("kernels")]
+        [platform.node(), platform.processor(), torch.get_num_threads(), job.get("kernels"), cpu_linear.fingerprint()]
         if MEASURES[name].timed
         else None
     )

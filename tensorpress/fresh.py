@@ -24,7 +24,9 @@ def main() -> None:
         return
     request = json.loads(line)
     try:
-        model = load(request["folder"], dtype=getattr(torch, request["dtype"]), device=request["device"])
+        model = load(
+            request["folder"], dtype=getattr(torch, request["dtype"]), device=request["device"], kernels="reference"
+        )
         probe = load_file(Path(request["probe"]))
         with torch.no_grad():
             output = model(input_ids=probe["ids"].to(model.device))[0].float().cpu()

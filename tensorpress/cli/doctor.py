@@ -64,6 +64,8 @@ def examine(store: Path) -> dict[str, Any]:
         warnings.append(f"store: only {place['free_bytes'] / 1e9:.1f} GB of disk are free")
     if compiler is None:
         warnings.append("no C++ compiler: kernels that are built on this machine fall back to plain PyTorch")
+    if not _compiled():
+        warnings.append("the compiled kernels were not built: quantized layers are computed by plain PyTorch, slowly")
     return {
         "usable": not problems,
         "problems": problems,
@@ -179,6 +181,12 @@ def _compiler() -> str | None:
             continue
         return (answer.stdout.strip().splitlines() or [path])[0]
     return None
+
+
+def _compiled() -> bool:
+    from tensorpress.kernels import cpu_linear
+
+    return cpu_linear.library() is not None
 
 
 def _kernels() -> dict[str, list[str]]:

@@ -1,0 +1,70 @@
+// y = x W^T + b with W of 2, 3, 4 or 8 bits: what the C interface passes around, and what each instruction set provides.
+//
+// Layout of the weights. Outputs are taken 16 at a time (a block, one per 32-bit lane), inputs in groups that share a scale, padded to
+// a multiple of 32. Of each block and group the inputs follow one another in slices; a slice is 64 bytes for each of its planes:
+//   8 bits: 4 inputs,  byte j of a lane is input j;
+//   4 bits: 8 inputs,  byte j holds inputs j (low half) and 4 + j;
+//   2 bits: 16 inputs, byte j holds inputs j, 4 + j, 8 + j, 12 + j, from the lowest bits up;
+//   3 bits: 32 inputs in three planes: the two low bits of inputs 0 to 15 and of 16 to 31 as above, then the high bits, of which bit s
+//           of byte j belongs to input 4 s + j.
+// So four inputs side by side are the four bytes of a lane after one shift and one mask, which is what vpdpbusd multiplies; and two
+// inputs that stand two apart are the halves of a lane, which is what vdpbf16ps multiplies.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define TP_LANES 16
+#define TP_ALIGN 64
+
+enum tp_mode { TP_WEIGHT_ONLY = 0, TP_INT8 = 1 };
+enum tp_type { TP_F32 = 0, TP_BF16 = 1, TP_F16 = 2 };
+
+// Weights of one layer, all arrays aligned to 64 bytes. `group` is a multiple of 32; inputs beyond those that are there are zero.
+struct tp_weights {
+    int64_t outputs, inputs; // of the layer
+    int64_t blocks, groups, group;
+    int32_t bits;
+    const uint8_t *data;   // [blocks][groups][group / 32][32 * 16 * bits / 8]
+    const uint16_t *scale; // fp16 [blocks][groups][16]
+    const int16_t *zero;   // [blocks][groups][16]; null where all are 2^(bits-1)
+    const int32_t *order;  // [groups * group] the input at each place, -1 for none; null where place k is input k
+    const float *bias;     // [outputs] or null
+};
+
+struct tp_call {
+    const struct tp_weights *w;
+    const void *x; // [rows][inputs], row stride in elements
+    void *y;       // [rows][outputs], contiguous
+    int64_t rows, stride;
+    int32_t type, mode;
+};
+
+// The input as the kernel of a mode wants it. Where the kernel multiplies bf16 and the input is finer, a row is two here: what bf16 has of
+// it, and the rest. Tiles of `tile` such rows, each [groups * group / 4][tile] words of four inputs (int8), or
+// [groups * group / 2][tile] pairs, then one scale and one sum for each group and row.
+struct tp_input {
+    int64_t parts, tile, tiles; // parts of a row: 1 or 2
+    void *values;
+    float *scale; // [tiles][groups][tile], int8 alone
+    void *sum;    // [tiles][groups][tile] int32 (int8) or float (weight only)
+    size_t bytes_per_tile;
+};
+
+// What an instruction set provides.
+struct tp_kernels {
+    const char *name;
+    size_t pair_bytes; // of two inputs in weight-only mode
+    int most_rows;     // of the input that are worked on at once
+    bool is_bf16;      // what weight-only mode multiplies
+    void (*prepare)(const struct tp_call *, const struct tp_input *, int64_t tile, float *row);
+    void (*work)(const struct tp_call *, const struct tp_input *, int64_t first_block, int64_t last_block);
+};
+
+extern "C" {
+extern const struct tp_kernels tp_portable;
+#if defined(__x86_64__)
+extern const struct tp_kernels tp_avx2;
+extern const struct tp_kernels tp_avx512;
+#endif
+}

@@ -1,0 +1,16 @@
+// Any processor.
+#include "linear.h"
+#define TP_UNROLL 
+
+namespace {
+#include "lanes.inc"
+using Set = Lanes;
+#include "linear.inc"
+Lanes::Float Lanes::halves_to_float(const uint16_t *half) {
+    Float out;
+    for (int i = 0; i < TP_LANES; ++i) out.lane[i] = half_to_float(half[i]);
+    return out;
+}
+} // namespace
+
+extern "C" const struct tp_kernels tp_portable = {"portable", sizeof(Set::Pair), Set::most_rows, false, prepare, work};

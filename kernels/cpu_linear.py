@@ -1,0 +1,230 @@
+"""Quantized linear layers on the CPU in C++ (`kernels/cpu`): AVX-512 with VNNI and BF16, AVX2, or any other processor.
+
+Two backends: `cpu` multiplies the integers with the inputs, exact up to rounding (with AVX-512 as bf16, inputs of another precision as the
+sum of two bf16, which has 16 bits; elsewhere as fp32); `cpu_int8` rounds the inputs to 8 bits first, with a scale for each token and group of inputs, and multiplies integers. Both read the weights in
+their own layout, made once from the GPTQ layout. The work is spread over torch's own threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import statistics
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from tensorpress.kernels import registry
+
+if TYPE_CHECKING:
+    from tensorpress.kernels.quantized_linear import QuantizedLinear
+
+LANES, STEP = 16, 32
+LONGEST = 512
+"""Inputs that share a scale at most: longer groups are cut, so that 8-bit inputs get a scale for each piece."""
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MODES = {"cpu_int8": 1, "cpu": 0}
+
+
+class _Weights(ctypes.Structure):
+    """`tp_weights` of kernels/cpu/linear.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("outputs", "inputs", "blocks", "groups", "group")),
+        ("bits", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in ("data", "scale", "zero", "order", "bias")),
+    )
+
+
+class _Call(ctypes.Structure):
+    """`tp_call` of kernels/cpu/linear.h."""
+
+    _fields_ = (
+        ("weights", ctypes.POINTER(_Weights)),
+        ("x", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
+        ("type", ctypes.c_int32),
+        ("mode", ctypes.c_int32),
+    )
+
+
+FILE = Path(__file__).parent / "libcpu.so.1"
+"""Made by setup.py."""
+
+
+@functools.cache
+def fingerprint() -> str:
+    """Digest of the compiled code, empty where it was not built: figures of speed are remembered with it."""
+    return hashlib.sha256(FILE.read_bytes()).hexdigest() if FILE.is_file() else ""
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled code, on torch's threads; None where it was not built."""
+    try:
+        code = ctypes.CDLL(str(FILE))
+    except OSError:
+        return None
+    code.tp_instructions.restype = ctypes.c_char_p
+    code.tp_linear.argtypes = [ctypes.POINTER(_Call), ctypes.c_int]
+    code.tp_pack.argtypes = [ctypes.POINTER(_Weights), *[ctypes.c_void_p] * 4, ctypes.c_int32, ctypes.c_int]
+    code.tp_read.argtypes, code.tp_read.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int], ctypes.c_uint64
+    code.tp_use_pool.argtypes = [ctypes.c_void_p]
+    code.tp_use_pool(_torch_threads())
+    return code
+
+
+def instructions() -> str | None:
+    """The instruction set in use: `avx512`, `avx2` or `portable`; None where nothing was built."""
+    code = library()
+    return None if code is None else str(code.tp_instructions().decode())
+
+
+def read_bandwidth(megabytes: int = 512, repeats: int = 9) -> float:
+    """Bytes per second at which torch's threads read memory one after the other; the median of some tries."""
+    code = library()
+    assert code is not None
+    room = torch.ones(megabytes << 20, dtype=torch.uint8)
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        code.tp_read(room.data_ptr(), room.nbytes, torch.get_num_threads())
+        seconds.append(time.perf_counter() - began)
+    return room.nbytes / statistics.median(seconds)
+
+
+def limit_instructions(name: str) -> None:
+    """Use no more than this instruction set from now on; for tests."""
+    code = library()
+    assert code is not None
+    code.tp_limit(("portable", "avx2", "avx512").index(name))
+
+
+def _torch_threads() -> int | None:
+    """Address of `GOMP_parallel` in the OpenMP runtime that torch itself uses; None where it uses another kind of threads."""
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        path = Path(torch.__file__).parent / "lib" / name
+        if path.is_file():
+            try:
+                function = ctypes.CDLL(str(path)).GOMP_parallel
+            except (OSError, AttributeError):
+                return None
+            return ctypes.cast(function, ctypes.c_void_p).value
+    return None
+
+
+class Packed:
+    """The weights of a layer in the layout of the compiled code."""
+
+    def __init__(self, layer: QuantizedLinear):
+        code = library()
+        assert code is not None
+        groups, order = _places(layer.g_idx, layer.scales.shape[0])
+        self.made_of = _state(layer)
+        self.outputs, self.inputs, self.bits = layer.out_features, layer.in_features, layer.bits
+        blocks, count = -(-self.outputs // LANES), len(groups)
+        group = len(order) // count
+        middle = 1 << (self.bits - 1)
+        zeros = _zero_points(layer)
+        symmetric = bool((zeros == middle).all())
+        self.data = torch.empty(blocks * count * group * 2 * self.bits, dtype=torch.uint8)
+        self.scale = torch.empty(blocks, count, LANES, dtype=torch.float16)
+        self.zero = None if symmetric else torch.empty(blocks, count, LANES, dtype=torch.int16)
+        plain = torch.arange(len(order), dtype=torch.int32)
+        plain[self.inputs :] = -1
+        self.order = None if torch.equal(order, plain) else order
+        self.bias = None if layer.bias is None else layer.bias.detach().float().contiguous()
+        self.weights = _Weights(
+            self.outputs, self.inputs, blocks, count, group, self.bits,
+            self.data.data_ptr(), self.scale.data_ptr(), _address(self.zero), _address(self.order), _address(self.bias),
+        )  # fmt: skip
+        words, scales = layer.qweight.contiguous(), layer.scales.contiguous()
+        packed_zeros = layer.qzeros.contiguous()
+        code.tp_pack(
+            ctypes.byref(self.weights), words.data_ptr(), packed_zeros.data_ptr(), scales.data_ptr(), groups.data_ptr(),
+            layer.zero_offset, torch.get_num_threads(),
+        )  # fmt: skip
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """A copy of a layer makes its own."""
+        return type(None), ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a product reads."""
+        return sum(t.nbytes for t in (self.data, self.scale, self.zero, self.order, self.bias) if t is not None)
+
+    def __call__(self, x: torch.Tensor, mode: int) -> torch.Tensor:
+        """The product [..., outputs] with x [..., inputs], in the dtype of x. Raises MemoryError."""
+        flat = x.reshape(-1, self.inputs)
+        if flat.stride(1) != 1:
+            flat = flat.contiguous()
+        y = x.new_empty(*x.shape[:-1], self.outputs)
+        call = _Call(
+            ctypes.pointer(self.weights), flat.data_ptr(), y.data_ptr(), flat.shape[0], flat.stride(0), TYPES[x.dtype], mode
+        )  # fmt: skip
+        code = library()
+        assert code is not None
+        if code.tp_linear(ctypes.byref(call), torch.get_num_threads()):
+            raise MemoryError(f"a quantized linear layer of {flat.shape[0]} rows: no memory for its inputs")
+        return y
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _state(layer: QuantizedLinear) -> tuple[tuple[int, int], ...]:
+    """What changes when a weight of the layer is replaced or written to."""
+    tensors = (layer.qweight, layer.qzeros, layer.scales, layer.g_idx, layer.bias)
+    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors if t is not None)
+
+
+def _zero_points(layer: QuantizedLinear) -> torch.Tensor:
+    from tensorpress.kernels.packing import unpack
+
+    return unpack(layer.qzeros.T.contiguous(), layer.bits, layer.out_features) + layer.zero_offset
+
+
+def _places(g_idx: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the inputs go: each group's inputs side by side, cut into pieces of one length, a multiple of 32.
+
+    Returns the layer's group of each piece, int32 [pieces], and the input at each place, int32 [pieces * length], -1 for none.
+    """
+    counts = torch.bincount(g_idx.long(), minlength=groups)
+    longest = max(int(counts.max()), 1)
+    length = -(-longest // -(-longest // LONGEST))  # of pieces as even as can be
+    length = -(-length // STEP) * STEP
+    pieces = torch.clamp(-(-counts // length), min=0)
+    of = torch.repeat_interleave(torch.arange(groups), pieces)
+    order = torch.full((len(of) * length,), -1, dtype=torch.int32)
+    first = (torch.cumsum(pieces, 0) - pieces) * length  # place of each group's first input
+    sort = torch.argsort(g_idx.long(), stable=True)
+    within = torch.arange(len(sort)) - torch.repeat_interleave(torch.cumsum(counts, 0) - counts, counts)
+    order[torch.repeat_interleave(first, counts) + within] = sort.to(torch.int32)
+    return of.to(torch.int32), order
+
+
+def _packed(layer: QuantizedLinear) -> Packed:
+    kept: Packed | None = layer.packed
+    if kept is None or kept.made_of != _state(layer):
+        kept = layer.packed = Packed(layer)
+    return kept
+
+
+def run(mode: str, layer: QuantizedLinear, x: torch.Tensor) -> torch.Tensor:
+    """The product of a layer, by the reference where gradients or another precision are asked for."""
+    if x.dtype not in TYPES or x.device.type != "cpu" or (torch.is_grad_enabled() and x.requires_grad):
+        return registry.backends("quantized_linear")["reference"].run(layer, x)
+    return _packed(layer)(x, MODES[mode])
+
+
+def can_run(layer: nn.Module) -> bool:
+    """Whether the code was built, and the layer is where it can be read."""
+    return library() is not None and layer.qweight.device.type == "cpu"

@@ -1,0 +1,288 @@
+"""The compiled quantized layer against float64, on every instruction set that the machine has."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from tensorpress.kernels import cpu_linear, registry
+from tensorpress.kernels.packing import unpack
+from tensorpress.kernels.quantized_linear import QuantizedLinear
+
+SOURCES = Path(cpu_linear.__file__).parent / "cpu"
+BITS = (2, 3, 4, 8)
+SHAPES = [  # inputs, outputs, group
+    (64, 16, 32), (96, 5, 32), (100, 1, 32), (256, 40, 128), (513, 33, 64), (700, 17, -1), (1, 3, -1), (1300, 20, -1),
+]  # fmt: skip
+ROWS = (1, 2, 3, 5, 17)
+
+pytestmark = pytest.mark.skipif(cpu_linear.library() is None, reason="the compiled kernels were not built")
+
+
+@pytest.fixture(params=["avx512", "avx2", "portable"])
+def level(request):
+    """Each instruction set that this machine has."""
+    cpu_linear.limit_instructions(request.param)
+    try:
+        if cpu_linear.instructions() != request.param:
+            pytest.skip(f"this processor has no {request.param}")
+        yield request.param
+    finally:
+        cpu_linear.limit_instructions("avx512")
+
+
+def make(inputs, outputs, group, bits, symmetric=True, order=False, zero_offset=1, bias=True):
+    """A random layer; `order` gives its inputs to groups at random."""
+    size = inputs if group == -1 else group
+    groups = -(-inputs // size)
+    index = torch.arange(inputs) // size
+    if order:
+        index = index[torch.randperm(inputs)]
+    middle = 1 << (bits - 1)
+    zeros = torch.full((groups, outputs), middle) if symmetric else torch.randint(1, 1 << bits, (groups, outputs))
+    values = torch.randint(0, 1 << bits, (inputs, outputs))
+    scales = torch.rand(groups, outputs) * 0.1 + 0.01
+    shift = torch.randn(outputs) if bias else None
+    return QuantizedLinear.from_integers(values, zeros, scales, index, bits, group, shift, zero_offset)
+
+
+def oracle(layer, x):
+    """In float64, from the integers."""
+    values = unpack(layer.qweight, layer.bits, layer.in_features).double()
+    zeros = unpack(layer.qzeros.T.contiguous(), layer.bits, layer.out_features).T.double() + layer.zero_offset
+    groups = layer.g_idx.long()
+    weight = (values - zeros[groups]) * layer.scales.double()[groups]
+    y = x.double() @ weight
+    return y if layer.bias is None else y + layer.bias.double()
+
+
+def rounded_inputs(layer, x):
+    """What 8-bit inputs stand for: rounded by a scale for each token and piece of a group."""
+    pieces, order = cpu_linear._places(layer.g_idx, layer.scales.shape[0])
+    places = order.view(len(pieces), -1)
+    out = torch.zeros_like(x, dtype=torch.float64)
+    for piece in places:
+        piece = piece[piece >= 0].long()
+        part = x[:, piece].float()
+        top = part.abs().amax(1, keepdim=True)
+        ratio = torch.where(top > 1e-30, 127.0 / top, 0.0)
+        q = part * ratio
+        q = torch.trunc(q + torch.where(q < 0, -0.5, 0.5))
+        out[:, piece] = q.double() * (top / 127.0).double()
+    return out
+
+
+def close(y, wanted, size, tolerance):
+    """Errors relative to the size that the sums have, not to sums that cancel."""
+    assert y.shape == wanted.shape
+    assert ((y.double() - wanted).abs() <= tolerance * size).all(), ((y.double() - wanted).abs() / size).max()
+
+
+def sizes(layer, x):
+    """What the absolute values of all products add up to: rounding errors are shares of this."""
+    weight = layer.dense_weight().double().abs().T
+    bias = 0 if layer.bias is None else layer.bias.double().abs()
+    # zero points are taken off in sums of their own
+    extra = layer.scales.double().abs()[layer.g_idx.long()] * (1 << layer.bits)
+    return x.double().abs() @ (weight + extra) + bias + 1e-30
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_weight_only_is_exact_up_to_rounding(level, bits, shape, seed):
+    for symmetric, order, offset, bias in ((True, False, 1, True), (False, True, 0, False), (False, False, 1, True)):
+        layer = make(*shape, bits, symmetric, order, offset, bias)
+        for rows in ROWS:
+            x = torch.randn(rows, shape[0])
+            y = registry.backends("quantized_linear")["cpu"].run(layer, x)
+            close(y, oracle(layer, x), sizes(layer, x), 1e-5 if level == "avx512" else 1e-6)  # two bf16 have 16 bits
+            near = x.bfloat16().float()
+            y = registry.backends("quantized_linear")["cpu"].run(layer, near)
+            close(y, oracle(layer, near), sizes(layer, near), 1e-6)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_eight_bit_inputs_are_exact_once_rounded(level, bits, shape, seed):
+    for symmetric, order, offset, bias in ((True, False, 1, True), (False, True, 0, False), (False, False, 1, True)):
+        layer = make(*shape, bits, symmetric, order, offset, bias)
+        for rows in ROWS:
+            x = torch.randn(rows, shape[0])
+            y = registry.backends("quantized_linear")["cpu_int8"].run(layer, x)
+            near = rounded_inputs(layer, x)
+            step = x.abs().max() / 127  # a tie that is rounded the other way moves one input by one step
+            close(y, oracle(layer, near), sizes(layer, x), 1e-6 + float(step / x.abs().sum(1).clamp_min(1e-3).min()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mode", list(cpu_linear.MODES))
+def test_halves_in_and_out(level, dtype, mode, seed):
+    layer = make(256, 40, 64, 4)
+    x = torch.randn(3, 7, 256).to(dtype)
+    y = registry.backends("quantized_linear")[mode].run(layer, x)
+    assert y.dtype == dtype and y.shape == (3, 7, 40)
+    wanted = oracle(layer, x.flatten(0, 1)).view(3, 7, 40)
+    tolerance = (0.02 if mode == "cpu_int8" else 1e-5) * sizes(layer, x.flatten(0, 1)).view(3, 7, 40)
+    room = wanted.abs() * torch.finfo(dtype).eps + tolerance
+    assert ((y.double() - wanted).abs() <= room).all()
+
+
+def test_layers_without_rows_and_views(level, seed):
+    layer = make(96, 24, 32, 4)
+    run = registry.backends("quantized_linear")["cpu"].run
+    assert run(layer, torch.randn(0, 96)).shape == (0, 24) and run(layer, torch.randn(2, 0, 96)).shape == (2, 0, 24)
+    wide = torch.randn(5, 200)
+    for x in (wide[:, 7:103], torch.randn(96, 4).T, torch.randn(6, 96)[::2], wide.flatten()[3:99]):
+        close(run(layer, x), run(layer, x.contiguous().clone()).double(), 1.0, 0.0)
+
+
+def test_extreme_scales_and_inputs(level, seed):
+    layer = make(128, 20, 32, 4, symmetric=False)
+    layer.scales = (torch.rand(4, 20) * 65_000).half()
+    layer.scales[0, 0], layer.scales[1, 1] = 6e-8, 0.0  # the smallest half, and none
+    for size in (1e-30, 1e-3, 1e30):
+        x = torch.randn(3, 128) * size
+        for mode, tolerance in (("cpu", 1e-5), ("cpu_int8", 0.02)):
+            y = registry.backends("quantized_linear")[mode].run(layer, x)
+            close(y, oracle(layer, x), sizes(layer, x), tolerance)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("mode", list(cpu_linear.MODES))
+def test_what_is_not_finite_is_not_finite_afterwards(level, mode, value, seed):
+    layer = make(128, 20, 32, 4, symmetric=False)
+    x = torch.randn(5, 128)
+    x[1, 40] = value
+    y = registry.backends("quantized_linear")[mode].run(layer, x)
+    touched = layer.dense_weight()[:, 40] != 0
+    assert not y[1, touched].isfinite().any()
+    assert y[[0, 2, 3, 4]].isfinite().all()
+
+
+def test_threads_and_calls_at_once_give_the_same_bits(seed):
+    layer = make(256, 200, 64, 4)
+    x = torch.randn(19, 256)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        wanted = {mode: registry.backends("quantized_linear")[mode].run(layer, x) for mode in cpu_linear.MODES}
+        for threads in (2, 3, 4):
+            torch.set_num_threads(threads)
+            for mode, y in wanted.items():
+                assert torch.equal(registry.backends("quantized_linear")[mode].run(layer, x), y)
+        different = []
+
+        def work():
+            for _ in range(30):
+                for mode, y in wanted.items():
+                    if not torch.equal(registry.backends("quantized_linear")[mode].run(layer, x), y):
+                        different.append(mode)
+
+        workers = [threading.Thread(target=work) for _ in range(4)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        assert not different
+    finally:
+        torch.set_num_threads(before)
+
+
+FORK = """
+import os, torch
+from tensorpress.kernels import cpu_linear, registry
+from tensorpress.kernels.quantized_linear import QuantizedLinear
+torch.set_num_threads(2)
+index = torch.arange(256) // 64
+layer = QuantizedLinear.from_integers(
+    torch.randint(0, 16, (256, 200)), torch.full((4, 200), 8), torch.rand(4, 200), index, 4, 64, None
+)
+run, x = registry.backends("quantized_linear")["cpu"].run, torch.randn(5, 256)
+y = run(layer, x)
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(run(layer, x), y) else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), torch.equal(run(layer, x), y))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_goes_on():
+    ended = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=60)
+    assert ended.stdout.split() == ["0", "True"], ended.stderr
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_nothing_behind_the_end_is_read(level, bits, seed):
+    """Weights, scales, zeros and inputs each end where a page begins that cannot be read."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    kept = []
+
+    def at_the_end(tensor):
+        page = mmap.PAGESIZE
+        room = mmap.mmap(-1, (tensor.nbytes // page + 2) * page)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(room))
+        size = len(room) - page
+        assert libc.mprotect(ctypes.c_void_p(start + size), page, 0) == 0
+        kept.append((room, start + size, page))
+        view = torch.frombuffer(room, dtype=torch.uint8, count=size)[size - tensor.nbytes :].view(tensor.dtype)
+        return view.view(tensor.shape).copy_(tensor)
+
+    try:
+        for symmetric in (True, False):
+            layer = make(192, 21, 64, bits, symmetric)
+            packed = cpu_linear.Packed(layer)
+            for name in ("data", "scale", "zero", "bias"):
+                if getattr(packed, name) is not None:
+                    setattr(packed, name, at_the_end(getattr(packed, name)))
+                    setattr(packed.weights, name, getattr(packed, name).data_ptr())
+            for rows in (1, 6):
+                x = at_the_end(torch.randn(rows, 192))
+                for mode in (0, 1):
+                    close(packed(x, mode), cpu_linear.Packed(layer)(x.clone(), mode).double(), 1.0, 0.0)
+    finally:
+        for _, start, page in kept:
+            libc.mprotect(ctypes.c_void_p(start), page, mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+def test_gradients_and_double_precision_go_through_the_reference(seed):
+    layer = make(64, 8, 32, 4)
+    layer.kernel = "cpu"
+    x = torch.randn(2, 64, requires_grad=True)
+    layer(x).sum().backward()
+    assert torch.allclose(x.grad, layer.dense_weight().sum(0).expand(2, 64), atol=1e-4)
+    with torch.no_grad():
+        close(layer(x.double()), oracle(layer, x), 1.0, 1e-4)
+
+
+def test_a_layer_that_changes_is_packed_again(seed):
+    layer, other = make(64, 8, 32, 4), make(64, 8, 32, 4)
+    layer.kernel, x = "cpu", torch.randn(2, 64)
+    with torch.no_grad():
+        before = layer(x)
+        layer.load_state_dict(other.state_dict())
+        assert not torch.equal(layer(x), before) and torch.equal(
+            layer(x), registry.backends("quantized_linear")["cpu"].run(other, x)
+        )
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+@pytest.mark.parametrize("level", ["0", "1", "2"])
+def test_sanitizers_find_nothing(tmp_path_factory, level):
+    program = tmp_path_factory.getbasetemp() / "sanitized"
+    if not program.exists():
+        flags = ["-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-w"]
+        sources = [str(path) for path in sorted(SOURCES.glob("*.cpp"))]
+        main = str(Path(__file__).parent / "sanitized.cpp")
+        subprocess.run(["g++", *flags, f"-I{SOURCES}", *sources, main, "-o", str(program)], check=True, timeout=300)
+    ended = subprocess.run([str(program), level], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0 and ended.stdout.startswith("calls"), ended.stderr[-2000:]
