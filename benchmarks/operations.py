@@ -70,7 +70,11 @@ class Servers:
         with httpx.Client(base_url=self.address, auth=auth, timeout=60, trust_env=False) as client:
             token = client.get("/csrf-token", params={"client": "bench"}).json()["token"]
             headers = {"Prefect-Csrf-Token": token, "Prefect-Csrf-Client": "bench"}
-            answer = client.request(method, path, json=body, headers=headers)
+            while True:
+                answer = client.request(method, path, json=body, headers=headers)
+                if answer.status_code != 503:  # the database was busy: Prefect's own client asks again, too
+                    break
+                time.sleep(1.0)
             answer.raise_for_status()
             return answer.json() if answer.content else None
 

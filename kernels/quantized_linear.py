@@ -144,7 +144,8 @@ def quantized_linear_unpacked(layer: QuantizedLinear, x: torch.Tensor) -> torch.
     return nn.functional.linear(x, kept[1], bias)
 
 
-registry.register("quantized_linear", "unpacked", quantized_linear_unpacked)
-registry.register("quantized_linear", "reference", quantized_linear_reference)
+# The last is what `auto` takes: the compiled kernels, which round otherwise, are taken on request.
 for _mode in cpu_linear.MODES:
     registry.register("quantized_linear", _mode, partial(cpu_linear.run, _mode), cpu_linear.can_run)
+registry.register("quantized_linear", "unpacked", quantized_linear_unpacked)
+registry.register("quantized_linear", "reference", quantized_linear_reference)
