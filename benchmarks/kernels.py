@@ -65,11 +65,19 @@ def dense(inputs: int, outputs: int, copies: int) -> list[Run]:
     return [lambda x, one=one: torch.nn.functional.linear(x, one) for one in made]
 
 
+def reading(size: int, copies: int) -> list[Run]:
+    """Nothing but reading as many bytes, on the same threads."""
+    code, room = cpu_linear.library(), torch.ones(copies, size, dtype=torch.uint8)
+    assert code is not None
+    return [lambda x, one=one: code.tp_read(one.data_ptr(), size, torch.get_num_threads()) for one in room]
+
+
 def backends(inputs: int, outputs: int) -> dict[str, list[Run]]:
     def count(bits: float) -> int:
         return max(2, round(ROOM / (inputs * outputs * bits / 8)))
 
     made = {"dense bf16": dense(inputs, outputs, count(16)), "torch int4pack": int4pack(inputs, outputs, count(4))}
+    made["reading 4 bits"] = reading(inputs * outputs // 2, count(4))
     for bits in (4, 3, 2):
         for mode in ("cpu", "cpu_int8"):
             made[f"{mode} {bits} bits"] = ours(inputs, outputs, bits, mode, count(bits))
@@ -92,13 +100,14 @@ def times(made: dict[str, list[Run]], rows: int, inputs: int, turns: int) -> dic
 
 def measure(quick: bool) -> list[dict[str, Any]]:
     """All rows."""
-    bandwidth = cpu_linear.read_bandwidth()
-    lines = [row("read bandwidth", bandwidth / 1e9, "GB/s", None)]
+    lines = [row("read bandwidth", cpu_linear.read_bandwidth() / 1e9, "GB/s", None)]
     for inputs, outputs in SHAPES[:1] if quick else SHAPES:
         made = backends(inputs, outputs)
         shape, main = f"{inputs}x{outputs}", (inputs, outputs) == SHAPES[0]
         for rows in ROWS:
             found = times(made, rows, inputs, 3 if rows == 128 else 7)
+            if rows > 1:
+                found.pop("reading 4 bits")
             for name, seconds in found.items():
                 lines.append(row(f"{shape}, {rows} rows: {name}", seconds * 1e6, "us", None))
             rate = 2 * rows * inputs * outputs / found["cpu_int8 4 bits"] / 1e9
@@ -108,7 +117,7 @@ def measure(quick: bool) -> list[dict[str, Any]]:
             for mode, seconds in mine.items():
                 wanted = mode == "cpu_int8" and main
                 if rows == 1:
-                    share = inputs * outputs / 2 / seconds / bandwidth
+                    share = found["reading 4 bits"] / seconds
                     lines.append(
                         row(f"{shape}: {mode}, share of the read bandwidth", share, "", 0.8 if wanted else None, True)
                     )
