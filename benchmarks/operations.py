@@ -7,6 +7,7 @@ python benchmarks/operations.py --quick --json out.json                       # 
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
 import signal
@@ -53,6 +54,7 @@ class Servers:
         self.output = (self.folder / "serve.txt").open("w+")
         ports = ["--prefect-port", str(self.ports[0]), "--mlflow-port", str(self.ports[1])]
         self.process = subprocess.Popen([*COMMAND, "serve", *ports], cwd=self.folder, stdout=self.output)
+        atexit.register(self.process.terminate)  # also where the benchmark fails
         while "ready" not in (self.folder / "serve.txt").read_text():
             if self.process.poll() is not None:
                 raise SystemExit("serve did not start")
