@@ -1,6 +1,6 @@
 """Faults, injected for real into runs of the command line: what is lost, made twice, or left behind, and what many runs at once cost.
 
-    python benchmarks/faults.py --json out.json              # 30 kills (12 of the flow, 6 of each other process), 2 and 8 runs at once; an hour
+    python benchmarks/faults.py --json out.json              # 30 kills of the flow, 5 of each other process, 2 and 8 runs at once; an hour
     python benchmarks/faults.py --quick --json out.json      # one kill, two runs at once; no bar on times
 
 A run is killed with -9 at a random moment and started again in the same store; in the end weights must be those of a run that
@@ -216,7 +216,7 @@ def measure(folder: Path, quick: bool, seed: int) -> list[dict[str, Any]]:
     """Do all of it; rows of the table."""
     bench = Bench(folder, seed)
     bench.undisturbed()
-    many, few = (1, 1) if quick else (12, 6)
+    many, few = (1, 1) if quick else (30, 5)
     bench.kills("the flow", many, kill_flow)
     if not quick:
         bench.kills("a step's process", few, kill_below("tensorpress.tasks.child"), TENSORPRESS_ISOLATE="1")

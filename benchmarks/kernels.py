@@ -1,6 +1,6 @@
 """Quantized linear layers on this machine's CPU, beside torch's int4pack and dense bf16 in the same run.
 
-python benchmarks/kernels.py --json benchmarks/results/kernels.json       # about 5 minutes on two cores
+python benchmarks/kernels.py --json benchmarks/results/kernels.json       # about a minute on two cores
 python benchmarks/kernels.py --quick --json out.json                      # one shape
 
 Weights are taken in turn from as many copies as fill 256 MB, so that none comes from a cache; a figure is the median of turns in which
@@ -67,7 +67,7 @@ def dense(inputs: int, outputs: int, copies: int) -> list[Run]:
 
 def reading(size: int, copies: int) -> list[Run]:
     """Nothing but reading as many bytes, on the same threads."""
-    code, room = cpu_linear.library(), torch.ones(copies, size, dtype=torch.uint8)
+    code, room = cpu_linear.compiled(), torch.ones(copies, size, dtype=torch.uint8)
     assert code is not None
     return [lambda x, one=one: code.tp_read(one.data_ptr(), size, torch.get_num_threads()) for one in room]
 
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one shape")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    if cpu_linear.library() is None:
+    if cpu_linear.compiled() is None:
         raise SystemExit("the compiled kernels were not built: is there a C++ compiler?")
     with torch.inference_mode():
         lines = measure(args.quick)

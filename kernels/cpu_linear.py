@@ -65,7 +65,7 @@ def fingerprint() -> str:
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
+def compiled() -> ctypes.CDLL | None:
     """The compiled code, on torch's threads; None where it was not built."""
     try:
         code = ctypes.CDLL(str(FILE))
@@ -82,13 +82,13 @@ def library() -> ctypes.CDLL | None:
 
 def instructions() -> str | None:
     """The instruction set in use: `avx512`, `avx2` or `portable`; None where nothing was built."""
-    code = library()
+    code = compiled()
     return None if code is None else str(code.tp_instructions().decode())
 
 
 def read_bandwidth(megabytes: int = 512, repeats: int = 9) -> float:
     """Bytes per second at which torch's threads read memory one after the other; the median of some tries."""
-    code = library()
+    code = compiled()
     assert code is not None
     room = torch.ones(megabytes << 20, dtype=torch.uint8)
     seconds = []
@@ -101,7 +101,7 @@ def read_bandwidth(megabytes: int = 512, repeats: int = 9) -> float:
 
 def limit_instructions(name: str) -> None:
     """Use no more than this instruction set from now on; for tests."""
-    code = library()
+    code = compiled()
     assert code is not None
     code.tp_limit(("portable", "avx2", "avx512").index(name))
 
@@ -123,7 +123,7 @@ class Packed:
     """The weights of a layer in the layout of the compiled code."""
 
     def __init__(self, layer: QuantizedLinear):
-        code = library()
+        code = compiled()
         assert code is not None
         groups, order = _places(layer.g_idx, layer.scales.shape[0])
         self.made_of = _state(layer)
@@ -169,7 +169,7 @@ class Packed:
         call = _Call(
             ctypes.pointer(self.weights), flat.data_ptr(), y.data_ptr(), flat.shape[0], flat.stride(0), TYPES[x.dtype], mode
         )  # fmt: skip
-        code = library()
+        code = compiled()
         assert code is not None
         if code.tp_linear(ctypes.byref(call), torch.get_num_threads()):
             raise MemoryError(f"a quantized linear layer of {flat.shape[0]} rows: no memory for its inputs")
@@ -201,7 +201,7 @@ def _places(g_idx: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tenso
     longest = max(int(counts.max()), 1)
     length = -(-longest // -(-longest // LONGEST))  # of pieces as even as can be
     length = -(-length // STEP) * STEP
-    pieces = torch.clamp(-(-counts // length), min=0)
+    pieces = -(-counts // length)
     of = torch.repeat_interleave(torch.arange(groups), pieces)
     order = torch.full((len(of) * length,), -1, dtype=torch.int32)
     first = (torch.cumsum(pieces, 0) - pieces) * length  # place of each group's first input
@@ -227,4 +227,4 @@ def run(mode: str, layer: QuantizedLinear, x: torch.Tensor) -> torch.Tensor:
 
 def can_run(layer: nn.Module) -> bool:
     """Whether the code was built, and the layer is where it can be read."""
-    return library() is not None and layer.qweight.device.type == "cpu"
+    return compiled() is not None and layer.qweight.device.type == "cpu"

@@ -186,7 +186,7 @@ def _compiler() -> str | None:
 def _compiled() -> bool:
     from tensorpress.kernels import cpu_linear
 
-    return cpu_linear.library() is not None
+    return cpu_linear.compiled() is not None
 
 
 def _kernels() -> dict[str, list[str]]:

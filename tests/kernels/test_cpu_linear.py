@@ -25,7 +25,7 @@ SHAPES = [  # inputs, outputs, group
 ]  # fmt: skip
 ROWS = (1, 2, 3, 5, 17)
 
-pytestmark = pytest.mark.skipif(cpu_linear.library() is None, reason="the compiled kernels were not built")
+pytestmark = pytest.mark.skipif(cpu_linear.compiled() is None, reason="the compiled kernels were not built")
 
 
 @pytest.fixture(params=["avx512", "avx2", "portable"])
@@ -53,6 +53,14 @@ def make(inputs, outputs, group, bits, symmetric=True, order=False, zero_offset=
     scales = torch.rand(groups, outputs) * 0.1 + 0.01
     shift = torch.randn(outputs) if bias else None
     return QuantizedLinear.from_integers(values, zeros, scales, index, bits, group, shift, zero_offset)
+
+
+def cases(shape, bits):
+    """Layers with and without zero points, activation order and bias, each with inputs of several rows."""
+    for symmetric, order, offset, bias in ((True, False, 1, True), (False, True, 0, False), (False, False, 1, True)):
+        layer = make(*shape, bits, symmetric, order, offset, bias)
+        for rows in ROWS:
+            yield layer, torch.randn(rows, shape[0])
 
 
 def oracle(layer, x):
@@ -99,28 +107,22 @@ def sizes(layer, x):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_weight_only_is_exact_up_to_rounding(level, bits, shape, seed):
-    for symmetric, order, offset, bias in ((True, False, 1, True), (False, True, 0, False), (False, False, 1, True)):
-        layer = make(*shape, bits, symmetric, order, offset, bias)
-        for rows in ROWS:
-            x = torch.randn(rows, shape[0])
-            y = registry.backends("quantized_linear")["cpu"].run(layer, x)
-            close(y, oracle(layer, x), sizes(layer, x), 1e-5 if level == "avx512" else 1e-6)  # two bf16 have 16 bits
-            near = x.bfloat16().float()
-            y = registry.backends("quantized_linear")["cpu"].run(layer, near)
-            close(y, oracle(layer, near), sizes(layer, near), 1e-6)
+    for layer, x in cases(shape, bits):
+        y = registry.backends("quantized_linear")["cpu"].run(layer, x)
+        close(y, oracle(layer, x), sizes(layer, x), 1e-5 if level == "avx512" else 1e-6)  # two bf16 have 16 bits
+        near = x.bfloat16().float()
+        y = registry.backends("quantized_linear")["cpu"].run(layer, near)
+        close(y, oracle(layer, near), sizes(layer, near), 1e-6)
 
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_eight_bit_inputs_are_exact_once_rounded(level, bits, shape, seed):
-    for symmetric, order, offset, bias in ((True, False, 1, True), (False, True, 0, False), (False, False, 1, True)):
-        layer = make(*shape, bits, symmetric, order, offset, bias)
-        for rows in ROWS:
-            x = torch.randn(rows, shape[0])
-            y = registry.backends("quantized_linear")["cpu_int8"].run(layer, x)
-            near = rounded_inputs(layer, x)
-            step = x.abs().max() / 127  # a tie that is rounded the other way moves one input by one step
-            close(y, oracle(layer, near), sizes(layer, x), 1e-6 + float(step / x.abs().sum(1).clamp_min(1e-3).min()))
+    for layer, x in cases(shape, bits):
+        y = registry.backends("quantized_linear")["cpu_int8"].run(layer, x)
+        near = rounded_inputs(layer, x)
+        step = x.abs().max() / 127  # a tie that is rounded the other way moves one input by one step
+        close(y, oracle(layer, near), sizes(layer, x), 1e-6 + float(step / x.abs().sum(1).clamp_min(1e-3).min()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
