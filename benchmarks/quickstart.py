@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tensorpress.evaluators.speed import device_name
+from tensorpress.kernels.measured import device_name
 from tensorpress.versions import versions
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"

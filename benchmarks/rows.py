@@ -23,7 +23,7 @@ def finish(rows: list[dict[str, Any]], conditions: dict[str, Any], target: Path 
     """Print the table, write the file, and exit with 0 when every bar holds, else with 1."""
     import torch
 
-    from tensorpress.evaluators.speed import device_name
+    from tensorpress.kernels.measured import device_name
     from tensorpress.versions import versions
 
     table = Table("figure", "value", "bar", "holds", box=None)

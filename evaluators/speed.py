@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import platform
 import time
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -16,6 +14,7 @@ from tensorpress.evaluators.base import EvaluationData, Evaluator, Measurement, 
 from tensorpress.evaluators.generation import step
 from tensorpress.evaluators.perplexity import position_limit
 from tensorpress.kernels import registry
+from tensorpress.kernels.measured import device_name
 from tensorpress.kernels.quantized_linear import QuantizedLinear
 from tensorpress.structure import model_kind
 
@@ -47,16 +46,6 @@ def resident_bytes(model: nn.Module) -> int:
     kept = [layer.unpacked[1] for layer in layers if layer.unpacked is not None]
     packed = sum(layer.packed.nbytes for layer in layers if layer.packed is not None)
     return packed + sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *kept))
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the CPU's model."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    named = next((line for line in lines if line.startswith("model name")), "")
-    return named.partition(":")[2].strip() or platform.processor() or platform.machine()
 
 
 def peak_bytes(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> int:

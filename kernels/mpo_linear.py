@@ -101,6 +101,10 @@ class MPOLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return registry.kernel_for("mpo_linear", self, x)(self, x)
 
+    def kernel_key(self) -> str:
+        """What the speed of its kernels depends on."""
+        return f"{self.in_factors} to {self.out_factors}, bonds {self.bonds}"
+
     def spec(self) -> dict[str, object]:
         """What rebuilds this layer's empty form: the entry of the loading plug-in."""
         return {
@@ -134,5 +138,5 @@ def mpo_linear_reference(layer: MPOLinear, x: torch.Tensor) -> torch.Tensor:
     return y if layer.bias is None else y + layer.bias
 
 
-registry.register("mpo_linear", "dense", mpo_linear_dense)
+registry.register("mpo_linear", "dense", mpo_linear_dense, automatic=False)
 registry.register("mpo_linear", "reference", mpo_linear_reference)

@@ -58,7 +58,8 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("scales", torch.zeros(groups, out_features, dtype=torch.float16))
         self.register_buffer("g_idx", torch.arange(in_features, dtype=torch.int32) // self.group_size)
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
-        self.kernel = "auto"
+        self.kernel = "reference"
+        """What computes it; `auto` in a model that was opened from a folder."""
         self.unpacked: tuple[torch.Tensor, torch.Tensor] | None = None
         """What the kernel `unpacked` keeps: the integers that it was made of, and the dense weight."""
         self.packed: Any = None
@@ -115,7 +116,7 @@ class QuantizedLinear(nn.Module):
 
     @classmethod
     def from_spec(cls, spec: dict) -> QuantizedLinear:
-        return cls(
+        layer = cls(
             spec["in_features"],
             spec["out_features"],
             spec["bits"],
@@ -123,6 +124,12 @@ class QuantizedLinear(nn.Module):
             bias=spec["bias"],
             zero_offset=spec["zero_offset"],
         )
+        layer.kernel = "auto"
+        return layer
+
+    def kernel_key(self) -> str:
+        """What the speed of its kernels depends on."""
+        return f"{self.in_features}x{self.out_features}, {self.bits} bits, groups of {self.group_size}"
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, group_size={self.group_size}"
@@ -144,8 +151,15 @@ def quantized_linear_unpacked(layer: QuantizedLinear, x: torch.Tensor) -> torch.
     return nn.functional.linear(x, kept[1], bias)
 
 
-# The last is what `auto` takes: the compiled kernels, which round otherwise, are taken on request.
-for _mode in cpu_linear.MODES:
-    registry.register("quantized_linear", _mode, partial(cpu_linear.run, _mode), cpu_linear.can_run)
-registry.register("quantized_linear", "unpacked", quantized_linear_unpacked)
-registry.register("quantized_linear", "reference", quantized_linear_reference)
+def _dense_room(layer: QuantizedLinear) -> int:
+    """Integers, weights and their products on the way to the dense weight."""
+    return 12 * layer.in_features * layer.out_features
+
+
+# `auto` takes neither what rounds the inputs nor what keeps the dense weight.
+registry.register("quantized_linear", "cpu", partial(cpu_linear.run, "cpu"), cpu_linear.can_run)
+registry.register(
+    "quantized_linear", "cpu_int8", partial(cpu_linear.run, "cpu_int8"), cpu_linear.can_run, automatic=False
+)
+registry.register("quantized_linear", "unpacked", quantized_linear_unpacked, automatic=False)
+registry.register("quantized_linear", "reference", quantized_linear_reference, room=_dense_room)

@@ -1,17 +1,21 @@
 """Which backend computes an operation: each says whether it can run a layer here; the plain reference always can.
 
-A backend is a function (layer, x) -> y with a name. `choose` sets the backend of one layer; `names_in_use` tells a
-speed figure which kernels made it.
+A backend is a function (layer, x) -> y with a name. A layer's `kernel` names its backend, or is `auto`: then the fastest of those that
+compute the reference's numbers up to rounding, in no more memory, is measured and remembered (`measured`). The environment's
+TENSORPRESS_KERNELS takes the place of `auto`. `names_in_use` tells a speed figure which kernels made it.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+from tensorpress.kernels import measured
 
 Kernel = Callable[[Any, torch.Tensor], torch.Tensor]
 
@@ -24,14 +28,27 @@ class Backend:
     name: str
     run: Kernel
     can_run: Callable[[Any], bool]
+    automatic: bool
+    """Whether `auto` may take it."""
+    room: Callable[[Any], int]
+    """Bytes that a call takes and gives back."""
 
 
+VARIABLE = "TENSORPRESS_KERNELS"
 _backends: dict[str, dict[str, Backend]] = {}
 
 
-def register(operation: str, name: str, run: Kernel, can_run: Callable[[Any], bool] = lambda layer: True) -> None:
-    """Add a backend; the last that was registered and can run a layer is preferred over the ones before it."""
-    _backends.setdefault(operation, {})[name] = Backend(operation, name, run, can_run)
+def register(
+    operation: str,
+    name: str,
+    run: Kernel,
+    can_run: Callable[[Any], bool] = lambda layer: True,
+    *,
+    automatic: bool = True,
+    room: Callable[[Any], int] = lambda layer: 0,
+) -> None:
+    """Add a backend. Of those that `auto` may take, the first that can run a layer is measured first."""
+    _backends.setdefault(operation, {})[name] = Backend(operation, name, run, can_run, automatic, room)
 
 
 def backends(operation: str) -> dict[str, Backend]:
@@ -42,32 +59,77 @@ def operations() -> list[str]:
     return sorted(_backends)
 
 
-def chosen(operation: str, layer: Any) -> Backend:
-    """The backend that will compute `layer`. Raises ValueError when the one asked for is unknown or cannot."""
-    known = _backends[operation]
-    if layer.kernel != "auto":
-        if layer.kernel not in known:
-            raise ValueError(f"kernel {layer.kernel!r} is not known for {operation}; known: {', '.join(known)}")
-        if not known[layer.kernel].can_run(layer):
-            raise ValueError(f"kernel {layer.kernel!r} cannot run {layer}")
-        return known[layer.kernel]
-    return next(b for b in reversed(known.values()) if b.can_run(layer))
+def asked_for() -> str:
+    """What the environment puts in the place of `auto`; `auto` if nothing."""
+    return os.environ.get(VARIABLE) or "auto"
+
+
+def named(operation: str, layer: Any) -> Backend | None:
+    """The backend that a layer's `kernel` names, or the environment; None for `auto`. Raises ValueError when it is unknown or cannot."""
+    known, name = _backends[operation], layer.kernel
+    if name == "auto":
+        name = asked_for()
+        if name == "auto" or any(
+            name in others for others in _backends.values() if others is not known and name not in known
+        ):
+            return None
+    if name not in known:
+        raise ValueError(f"kernel {name!r} is not known for {operation}; known: {', '.join(known)}")
+    if not known[name].can_run(layer):
+        raise ValueError(f"kernel {name!r} cannot run {layer}")
+    return known[name]
+
+
+def candidates(operation: str, layer: Any) -> list[Backend]:
+    """What `auto` may take for a layer."""
+    return [b for b in _backends[operation].values() if b.automatic and b.can_run(layer)]
 
 
 def kernel_for(operation: str, layer: Any, x: torch.Tensor) -> Kernel:
-    return chosen(operation, layer).run
+    """What computes a layer on inputs like `x` [..., inputs]. Raises ValueError as `named`."""
+    backend = named(operation, layer)
+    return (backend or _fastest(operation, layer, x)).run
+
+
+def _fastest(operation: str, layer: Any, x: torch.Tensor) -> Backend:
+    if x.device.type == "meta" or (torch.is_grad_enabled() and x.requires_grad):
+        return _backends[operation]["reference"]
+    batch = measured.batch_of(x.numel() // max(x.shape[-1], 1))
+    call = (batch, x.dtype, x.device, torch.get_num_threads())
+    taken: dict[Any, Backend] = layer.__dict__.setdefault("taken", {})
+    if call not in taken:
+        several = candidates(operation, layer)
+        if len(several) == 1:
+            taken[call] = several[0]
+        else:
+            key = f"{operation} {layer.kernel_key()}, {str(x.dtype).removeprefix('torch.')}, rows to {batch}"
+            taken[call] = measured.fastest(key, several, layer, x)
+    return taken[call]
 
 
 def names_in_use(model: nn.Module) -> dict[str, int]:
-    """How many layers of `model` each kernel computes: {"quantized_linear:reference": 56, "dense:torch": 1}."""
+    """How many layers of `model` each kernel computes: {"quantized_linear:reference": 56, "dense:torch": 1}.
+
+    Layers on `auto` are counted by what they have taken so far, several names with `+`; by `auto` if they did not run yet.
+    Raises ValueError as `named`.
+    """
     counts: dict[str, int] = {}
     for module in model.modules():
         operation = getattr(module, "operation", None) or _operation_of(module)
         if operation is None:
             continue
-        name = f"{operation}:{chosen(operation, module).name}" if operation in _backends else f"{operation}:torch"
+        name = f"{operation}:{_name(operation, module) if operation in _backends else 'torch'}"
         counts[name] = counts.get(name, 0) + 1
     return counts
+
+
+def _name(operation: str, layer: Any) -> str:
+    backend = named(operation, layer)
+    if backend is not None:
+        return backend.name
+    several = candidates(operation, layer)
+    taken = several if len(several) == 1 else layer.__dict__.get("taken", {}).values()
+    return "+".join(sorted({b.name for b in taken})) or "auto"
 
 
 def _operation_of(module: nn.Module) -> str | None:

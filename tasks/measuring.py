@@ -139,11 +139,10 @@ def _key(name: str, job: dict[str, Any], subject: dict[str, Any]) -> str:
             texts["other"] = read_text(spec["other"], "other", "data.evaluation.other").digest
     if name == "sts":
         texts["pairs"] = digest.of_file(Path(spec["pairs"]).expanduser())
-    machine = (
-        [platform.node(), platform.processor(), torch.get_num_threads(), job.get("kernels"), cpu_linear.fingerprint()]
-        if MEASURES[name].timed
-        else None
-    )
+    machine = None
+    if MEASURES[name].timed:
+        kernels = [job.get("kernels"), registry.asked_for(), cpu_linear.fingerprint()]
+        machine = [platform.node(), platform.processor(), torch.get_num_threads(), *kernels]
     return digest.of_json(
         {
             "measure": name,

@@ -298,6 +298,7 @@ def use_kernels(model: nn.Module, name: str) -> None:
         elif isinstance(module, QuantizedLinear):
             module.kernel = name if name in registry.backends("quantized_linear") else "auto"
             module.unpacked = module.packed = None
+            module.__dict__.pop("taken", None)
 
 
 def use_quick_kernels(model: nn.Module) -> None:

@@ -47,6 +47,20 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 ENCODERS = ("bert", "distilbert", "roberta")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def choices_of_kernels(tmp_path_factory):
+    """What tests measure is not remembered for the user who runs them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TENSORPRESS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def plain_kernels(monkeypatch):
+    """`auto` is the reference, also in programs that the test starts."""
+    monkeypatch.setenv("TENSORPRESS_KERNELS", "reference")
+
+
 @pytest.fixture
 def seed() -> int:
     """A fresh seed for every test; pytest shows it when the test fails."""

@@ -139,7 +139,7 @@ def _processor() -> dict[str, Any]:
     import psutil
     import torch
 
-    from tensorpress.evaluators.speed import device_name
+    from tensorpress.kernels.measured import device_name
 
     memory = psutil.virtual_memory()
     limit = _first_int(Path("/sys/fs/cgroup/memory.max"))

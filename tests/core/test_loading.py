@@ -48,7 +48,7 @@ def auto(name):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_mix_opens_with_equal_logits(mixed, make_ids, outputs, tmp_path, name, tied):
+def test_a_mix_opens_with_equal_logits(mixed, make_ids, outputs, tmp_path, name, tied, plain_kernels):
     model, ids = mixed(name, tie_word_embeddings=tied), make_ids(2, 9)
     kinds = {spec["form"] for spec in layers_of(model).values()}
     assert {"mpo", "gptq", "removed_attention"} <= kinds
@@ -61,7 +61,7 @@ def test_a_mix_opens_with_equal_logits(mixed, make_ids, outputs, tmp_path, name,
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
-def test_bfloat16(mixed, make_ids, outputs, tmp_path, name):
+def test_bfloat16(mixed, make_ids, outputs, tmp_path, name, plain_kernels):
     """Stored in bfloat16: the model in memory is rounded, and both precisions of arithmetic agree with it."""
     model, ids = mixed(name), make_ids(2, 9)
     save_model(model, tmp_path, torch.bfloat16)
@@ -105,7 +105,7 @@ def test_saved_again_it_is_the_same_again(mixed, make_model, make_calibration, t
 
 
 def test_plain_gptq_opens_with_transformers_alone_in_the_call(
-    make_model, make_calibration, make_ids, outputs, tmp_path
+    make_model, make_calibration, make_ids, outputs, tmp_path, plain_kernels
 ):
     """In a fresh process that imports tensorpress and calls `AutoModelForCausalLM.from_pretrained`, without gptqmodel."""
     model, _ = GPTQ(bits=4, group_size=16).compress(make_model("llama"), make_calibration())
@@ -125,7 +125,7 @@ def test_plain_gptq_opens_with_transformers_alone_in_the_call(
     torch.testing.assert_close(found, outputs(model, ids), rtol=0, atol=1e-5)
 
 
-def test_shards(make_model, make_calibration, make_ids, outputs, tmp_path, monkeypatch):
+def test_shards(make_model, make_calibration, make_ids, outputs, tmp_path, monkeypatch, plain_kernels):
     monkeypatch.setattr("tensorpress.artifact.SHARD", "20KB")
     model, _ = GPTQ(bits=4, group_size=16).compress(make_model("llama"), make_calibration())
     save_model(model, tmp_path, torch.float32)

@@ -1,10 +1,14 @@
-"""Which backend computes what: preferences, the user's choice, refusals; and what stands where nothing is computed."""
+"""Which backend computes what: the fastest, the user's choice, refusals; and what stands where nothing is computed."""
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
 
-from tensorpress.kernels import registry
+from tensorpress.kernels import measured, registry
 from tensorpress.kernels.mpo_linear import MPOLinear
 from tensorpress.kernels.quantized_linear import QuantizedLinear
 from tensorpress.kernels.removed import RemovedAttention, RemovedLinear, RemovedNorm
@@ -17,36 +21,130 @@ class Layer(nn.Module):
         super().__init__()
         self.kernel, self.size = kernel, size
 
+    def kernel_key(self):
+        return f"of {self.size}"
+
+
+def slow(seconds, factor):
+    """A backend that takes so long, and multiplies by `factor`."""
+
+    def run(layer, x):
+        time.sleep(seconds)
+        run.calls += 1
+        return factor * x
+
+    run.calls = 0
+    return run
+
 
 @pytest.fixture
-def operation(monkeypatch):
+def operation(monkeypatch, tmp_path):
+    """Backends by name, of which `auto` may take `reference`, `middling` and (up to size 2) `quick`."""
     monkeypatch.setattr(registry, "_backends", {})
-    registry.register("test_operation", "reference", lambda layer, x: x)
-    registry.register("test_operation", "small", lambda layer, x: 2 * x, lambda layer: layer.size < 3)
-    registry.register("test_operation", "tiny", lambda layer, x: 3 * x, lambda layer: layer.size < 2)
+    monkeypatch.setenv("TENSORPRESS_CACHE", str(tmp_path / "cache"))
+    runs = {"quick": slow(0, 4), "middling": slow(0.01, 3), "rounded": slow(0, 2), "reference": slow(0.06, 1)}
+    registry.register("test_operation", "quick", runs["quick"], lambda layer: layer.size < 3)
+    registry.register("test_operation", "middling", runs["middling"])
+    registry.register("test_operation", "rounded", runs["rounded"], automatic=False)
+    registry.register("test_operation", "reference", runs["reference"])
+    return runs
 
 
-def test_the_last_that_can_is_taken(operation):
-    assert [registry.chosen("test_operation", Layer(size=size)).name for size in (1, 2, 3)] == [
-        "tiny",
-        "small",
-        "reference",
-    ]
-    run = registry.kernel_for("test_operation", Layer(size=2), torch.ones(1))
-    assert run(Layer(), torch.ones(1)).item() == 2
+def call(layer, rows=1):
+    return registry.kernel_for("test_operation", layer, torch.ones(rows, 2))(layer, torch.ones(1)).item()
+
+
+def test_the_fastest_that_can_is_taken_and_remembered(operation):
+    assert [call(Layer(size=size)) for size in (1, 2, 3)] == [4, 4, 3]
+    assert operation["rounded"].calls == 0
+    assert operation["reference"].calls == 3  # hopeless after one run, for each size
+    counts = {name: run.calls for name, run in operation.items()}
+    layer = Layer(size=3)
+    assert call(layer) == call(layer) == 3  # another layer of the size: no measuring
+    assert operation["middling"].calls == counts["middling"] + 2
+    assert operation["reference"].calls == counts["reference"]
+    call(layer, rows=9)  # another batch
+    assert operation["reference"].calls == counts["reference"] + 1
+
+
+def test_choices_are_remembered_in_a_file_that_another_process_reads(operation):
+    assert call(Layer(size=3)) == 3
+    (machine,) = json.loads(measured.notes_file().read_text()).values()
+    ((key, found),) = machine.items()
+    assert key == "test_operation of 3, float32, rows to 1"
+    assert found["fastest"] == "middling" and found["seconds"]["middling"] >= 0.01
+    measured._notes.cache_clear()  # as another process is
+    calls = operation["reference"].calls
+    assert call(Layer(size=3)) == 3 and operation["reference"].calls == calls
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"MACHINE": 3}', '{"MACHINE": {"KEY": {"fastest": "gone", "of": []}}}']
+)
+def test_a_file_that_says_nonsense_is_measured_over(operation, text):
+    key, machine = "test_operation of 3, float32, rows to 1", measured._machine("cpu", torch.get_num_threads())
+    file = measured.notes_file()
+    file.parent.mkdir()
+    file.write_text(text.replace("MACHINE", machine).replace("KEY", key))
+    assert call(Layer(size=3)) == 3
+    assert json.loads(file.read_text())[machine][key]["fastest"] == "middling"
+
+
+def test_where_nothing_can_be_written_choices_are_measured_by_each_process(operation, tmp_path):
+    (tmp_path / "cache").write_text("a file where the folder would be")
+    assert call(Layer(size=3)) == 3 and call(Layer(size=3)) == 3
+    assert operation["reference"].calls == 1
+
+
+def test_a_backend_without_room_is_not_tried(operation):
+    registry.register("test_operation", "reference", operation["reference"], room=lambda layer: 1 << 60)
+    assert call(Layer(size=3)) == 3 and operation["reference"].calls == 0
+
+
+def test_calls_at_once_measure_once(operation):
+    layers = [Layer(size=3) for _ in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(call, layers)) == [3] * 6
+    assert operation["reference"].calls == 1
+
+
+def test_gradients_are_the_references(operation):
+    x = torch.ones(1, 2, requires_grad=True)
+    assert registry.kernel_for("test_operation", Layer(), x) is operation["reference"]
+    with torch.no_grad():
+        assert registry.kernel_for("test_operation", Layer(), x) is operation["quick"]
 
 
 def test_the_users_choice_is_kept_or_refused_never_replaced(operation):
-    assert registry.chosen("test_operation", Layer("reference")).name == "reference"
-    with pytest.raises(ValueError, match="'small' cannot run"):
-        registry.chosen("test_operation", Layer("small", size=7))
-    with pytest.raises(ValueError, match="'smal' is not known for test_operation; known: reference, small, tiny"):
-        registry.chosen("test_operation", Layer("smal"))
+    assert registry.named("test_operation", Layer("reference")).name == "reference"
+    with pytest.raises(ValueError, match="'quick' cannot run"):
+        registry.named("test_operation", Layer("quick", size=7))
+    with pytest.raises(
+        ValueError, match="'quic' is not known for test_operation; known: quick, middling, rounded, ref"
+    ):
+        registry.named("test_operation", Layer("quic"))
+
+
+def test_the_environment_takes_the_place_of_auto_alone(operation, monkeypatch):
+    registry.register("another", "special", lambda layer, x: x)
+    monkeypatch.setenv("TENSORPRESS_KERNELS", "rounded")
+    assert call(Layer()) == 2 and call(Layer("quick")) == 4
+    monkeypatch.setenv("TENSORPRESS_KERNELS", "special")  # of another operation
+    assert call(Layer()) == 4
+    monkeypatch.setenv("TENSORPRESS_KERNELS", "speciall")
+    with pytest.raises(ValueError, match="'speciall' is not known for test_operation"):
+        call(Layer())
 
 
 def test_names_in_use_counts_layers_by_what_computes_them(operation):
-    model = nn.Sequential(Layer(), Layer(size=5), Layer("reference"), nn.Linear(2, 2), nn.ReLU())
-    assert registry.names_in_use(model) == {"test_operation:tiny": 1, "test_operation:reference": 2, "dense:torch": 1}
+    model = nn.Sequential(Layer(size=2), Layer(size=5), Layer("reference"), nn.Linear(2, 2), nn.ReLU())
+    assert registry.names_in_use(model) == {"test_operation:auto": 2, "test_operation:reference": 1, "dense:torch": 1}
+    for layer in model[:2]:
+        call(layer)
+    found = {"test_operation:quick": 1, "test_operation:middling": 1, "test_operation:reference": 1, "dense:torch": 1}
+    assert registry.names_in_use(model) == found
+    model[0].taken["other batch"] = registry.backends("test_operation")["middling"]
+    assert registry.names_in_use(model[0]) == {"test_operation:middling+quick": 1}
 
 
 def test_references_are_always_there():
@@ -57,7 +155,7 @@ def test_references_are_always_there():
     }.items():
         assert registry.backends(name)["reference"].can_run(layer)
         layer.kernel = "reference"
-        assert registry.chosen(name, layer).name == "reference"
+        assert registry.named(name, layer).name == "reference"
         assert f"{name}:reference" in registry.names_in_use(layer)
     copied = registry.backends("mpo_linear")
     copied.clear()
