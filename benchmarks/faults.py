@@ -60,6 +60,7 @@ class Bench:
         self.path = folder / "recipe.yaml"
         self.path.write_text(yaml.safe_dump(RECIPE))
         self.counts: dict[str, float] = {}
+        self.weights_of_one: dict[str, str] = {}
 
     def start(self, store: Path, *settings: str, **variables: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "tensorpress", "run", str(self.path), "--store", str(store), *settings]
@@ -78,7 +79,9 @@ class Bench:
 
     def kills(self, name: str, count: int, strike: Callable[[int], bool], **variables: str) -> None:
         """Let `strike` kill something at a random moment of each run, until it did so `count` times; each run is then done again."""
-        counts = dict.fromkeys(("lost", "built twice", "other bytes", "stale locks", "still running"), 0)
+        counts = dict.fromkeys(
+            ("lost", "built twice", "other bytes", "stale locks", "still running", "without a history"), 0
+        )
         done = tried = 0
         while done < count:
             store, tried = self.folder / f"{name}-{tried}", tried + 1
@@ -97,6 +100,7 @@ class Bench:
             counts["other bytes"] += sum(after[n][0] != digest for n, digest in self.wanted.items() if n in after)
             counts["stale locks"] += sum(is_held(lock) for lock in store.glob("locks/*.lock"))
             counts["still running"] += still_running(store)
+            counts["without a history"] += not (store / "prefect/prefect.db").exists()
             print(f"{name}: {done} of {count} {counts}", flush=True)
         self.counts |= {f"{count} kills of {name}: {what}": value for what, value in counts.items()}
 
@@ -116,6 +120,8 @@ class Bench:
             f"{count} runs at once: failed": failed,
             f"{count} runs at once: built twice": len(built) - len(set(built)),
             f"{count} runs at once: still running": still_running(store),
+            f"{count} runs at once: other weights": self.weights_of_one
+            != {n: d for n, (d, _) in weights(store).items()},
         }
         return seconds / one
 
@@ -140,6 +146,7 @@ def still_running(store: Path) -> int:
     for database, query in (
         (store / "mlflow.db", "select count(*) from runs where status = 'RUNNING'"),
         (store / "prefect/prefect.db", "select count(*) from flow_run where state_type in ('RUNNING', 'PENDING')"),
+        (store / "prefect/prefect.db", "select count(*) from task_run where state_type in ('RUNNING', 'PENDING')"),
     ):
         if database.exists():
             connection = sqlite3.connect(database)
@@ -227,9 +234,11 @@ def measure(folder: Path, quick: bool, seed: int) -> list[dict[str, Any]]:
         bench.counts["runs that the killed MLflow calls running"] = still_running(folder / "mlflow")
     settings = [] if quick else [f"--set={key}={value}" for key, value in LONGER.items()]
     began = time.monotonic()
-    if not quick:
-        bench.start(folder / "union", *settings).wait()
+    if not quick and bench.start(folder / "union", *settings).wait():
+        raise SystemExit(f"the run alone failed: {(folder / 'errors.log').read_text()[-500:]}")
     one = bench.seconds if quick else time.monotonic() - began
+    alone = weights(folder / ("whole" if quick else "union"))
+    bench.weights_of_one = {name: digest for name, (digest, _) in alone.items()}
     ratios = {count: bench.at_once(count, settings, one) for count in ((2,) if quick else (2, 8))}
     rows = [row(name, value, "", 0.0) for name, value in bench.counts.items()]
     rows.append(row("one run alone", one, "s", None))
@@ -248,7 +257,8 @@ def main() -> None:
     os.environ.pop("PREFECT_API_URL", None)
     with tempfile.TemporaryDirectory(prefix="tensorpress-faults-") as folder:
         rows = measure(Path(folder), args.quick, args.seed)
-    finish(rows, {"seed": args.seed, "quick": args.quick}, args.json)
+    longer = {} if args.quick else {"work of the runs at once": LONGER}
+    finish(rows, {"seed": args.seed, "quick": args.quick, **longer}, args.json)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 from prefect import flow
 from prefect.states import Completed, Failed, State
 
-from tensorpress.errors import InputError, StepError
+from tensorpress.errors import InputError, RunFailed, StepError
 from tensorpress.flows.parameters import CompressParameters
 from tensorpress.flows.place import asked_for, at_work
 from tensorpress.secrets import redact_error
@@ -41,6 +41,8 @@ def run_flow(parameters: CompressParameters) -> dict[str, Any]:
     """Run the flow from this process and return its run document. Raises what stopped it."""
     state = compress(parameters, return_state=True)
     result: Any = state.result(raise_on_failure=False)
+    if isinstance(result, RunFailed):
+        return result.result
     if isinstance(result, BaseException):
         raise result
     return dict(result)
@@ -49,7 +51,10 @@ def run_flow(parameters: CompressParameters) -> dict[str, Any]:
 def state_of(document: dict[str, Any]) -> State[dict[str, Any]]:
     """The state in which a flow run ends, by the verdict of its run document."""
     if document["verdict"] == "FAILED":
-        return Failed(message=f"a step failed: {first_error(document)}", data=document)
+        failed = RunFailed(
+            f"a step failed: {first_error(document)}", document
+        )  # Prefect raises what a failed state has
+        return Failed(message=str(failed), data=failed)
     if document["verdict"] == "REJECT":
         gates = ", ".join(name for name, gate in document["gates"].items() if not gate["holds"])
         return Completed(name="Rejected", message=f"a gate does not hold: {gates}", data=document)

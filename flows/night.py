@@ -9,7 +9,7 @@ from prefect import get_run_logger
 from prefect.states import Completed, Failed, State
 
 from tensorpress.artifact import Store
-from tensorpress.errors import InputError, StepError
+from tensorpress.errors import InputError, RunFailed, StepError
 from tensorpress.flows.compress import compress
 from tensorpress.flows.parameters import CompressParameters, NightlyParameters
 from tensorpress.pictures.markdown import table
@@ -32,7 +32,7 @@ class Night:
         """Run a recipe as a flow run below this one, and decide about its champion."""
         state = compress(asked, return_state=True)
         document: Any = state.result(raise_on_failure=False)
-        if not isinstance(document, dict) or document["verdict"] == "FAILED":
+        if not isinstance(document, dict):
             self.fail(f"{asked.title}: {state.message}")
             return
         tolerances = parameters.tolerance, parameters.speed_tolerance
@@ -61,7 +61,8 @@ class Night:
         result = {"decisions": decided, "failed": self.failed}
         worse = [line for decision in self.decisions if decision.verdict == "worse" for line in decision.says]
         if self.failed:
-            return Failed(message="; ".join(self.failed)[:1000], data=result)
+            failed = RunFailed("; ".join(self.failed)[:1000], result)
+            return Failed(message=str(failed), data=failed)
         if worse:
             return Completed(name="Worse", message="; ".join(worse)[:1000], data=result)
         return Completed(message="; ".join(d.says[0] for d in self.decisions)[:1000], data=result)

@@ -48,18 +48,19 @@ def at_work() -> Iterator[Place]:
     """The place of a flow run that works within.
 
     A worker's run goes to the folder that the worker set, since Prefect starts it in a passing one, and leaves a note in the store
-    while it works: if it is killed together with its worker, the next sweep tells of it. The command line does both by itself.
+    while it works: if it is killed, the next run tells of what it had begun. The command line does both by itself.
     """
     from prefect.context import get_run_context
 
     from tensorpress.tasks.show import say_failures_once
-    from tensorpress.tasks.sweep import running
+    from tensorpress.tasks.sweep import running, sweep_prefect
 
     say_failures_once()
     if FOLDER_VARIABLE not in os.environ or _place.get() is not None:
         yield here()
         return
     os.chdir(os.environ[FOLDER_VARIABLE])
+    sweep_prefect(here().store)
     flow_run = getattr(get_run_context(), "flow_run", None)
     with running(here().store, str(flow_run.id) if flow_run else None):
         yield here()

@@ -29,6 +29,8 @@ AUTH_VARIABLE = "PREFECT_API_AUTH_STRING"
 DEFAULT_ADDRESS = "http://127.0.0.1:4200/api"
 QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_DATABASE_TIMEOUT": "90",  # seconds that a server waits for its database while another program has it
+    "PREFECT_SERVER_DATABASE_CONNECTION_TIMEOUT": "60",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
     "PREFECT_LOGGING_LEVEL": "CRITICAL",

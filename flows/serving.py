@@ -68,6 +68,12 @@ def check_place(store: Path) -> None:
 
 def check(options: Options) -> None:
     """Refuse, before anything starts, what cannot be served. Raises InputError."""
+    lock = options.store / "serve" / "lock"
+    if lock.is_file():
+        try:
+            FileLock(lock).acquire(blocking=False).lock.release()
+        except Timeout:
+            raise InputError(f"store: the servers of {options.store} are being started or stopped just now") from None
     if options.host in ("0.0.0.0", "::") and not options.allowed_hosts:
         raise InputError(
             f"--host {options.host}: say with --name by which name or address others reach this machine: requests for any other are refused"
@@ -185,8 +191,14 @@ class Servers:
         return list(dict.fromkeys([*LOOPBACK, self._local, *self.options.allowed_hosts]))
 
     def _prefect_command(self) -> list[str]:
-        address = ["--host", self.options.host, "--port", str(self.options.prefect_port), "--log-level", "warning"]
-        return [sys.executable, "-m", "uvicorn", "--factory", "tensorpress.flows.prefect_app:create", *address]
+        address = ["--host", self.options.host, "--port", str(self.options.prefect_port)]
+        quiet = [
+            "--log-level",
+            "warning",
+            "--timeout-graceful-shutdown",
+            "2",
+        ]  # a browser's open page is not waited for
+        return [sys.executable, "-m", "uvicorn", "--factory", "tensorpress.flows.prefect_app:create", *address, *quiet]
 
     def _prefect_environment(self) -> dict[str, str]:
         origins = [f"http://{host}:{self.options.prefect_port}" for host in self._hosts()]

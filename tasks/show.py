@@ -94,7 +94,7 @@ def show_link(experiment_id: str, run_id: str) -> str | None:
 
 
 class _KnownFailures(logging.Filter):
-    """Drops the traceback that Prefect's engine logs for every flow that ended as Failed: the state says it in one line."""
+    """Drops the traceback that Prefect's engine logs for every flow and task that failed: the state says it in one line."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         kind = record.exc_info[0] if isinstance(record.exc_info, tuple) else None
@@ -102,10 +102,11 @@ class _KnownFailures(logging.Filter):
 
 
 def say_failures_once() -> None:
-    """Log a failure that we told in the flow run's state once, without a traceback."""
-    logger = logging.getLogger("prefect.flow_runs")
-    if not any(isinstance(known, _KnownFailures) for known in logger.filters):
-        logger.addFilter(_KnownFailures())
+    """Log a failure that we told in the state of a flow or task run once, without a traceback."""
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logger = logging.getLogger(name)
+        if not any(isinstance(known, _KnownFailures) for known in logger.filters):
+            logger.addFilter(_KnownFailures())
 
 
 def results_rows(document: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -85,18 +85,21 @@ def _mark_crashed(client: Any, known: dict[str, Any]) -> int:
     from prefect.states import Crashed
 
     about = {"id": {"any_": [known["flow_run_id"]]}} if known["flow_run_id"] else {"tags": {"all_": [known["tag"]]}}
-    at_work = {"state": {"type": {"any_": AT_WORK}}}
-    runs = client.read_flow_runs(flow_run_filter=filters.FlowRunFilter.model_validate({**about, **at_work}))
+    runs = client.read_flow_runs(flow_run_filter=filters.FlowRunFilter.model_validate(about))
+    at_work = filters.TaskRunFilter.model_validate({"state": {"type": {"any_": AT_WORK}}})
     state: Any = Crashed(message="its process was gone")
-    for run in runs:
-        tasks = client.read_task_runs(
-            flow_run_filter=filters.FlowRunFilter.model_validate({"id": {"any_": [run.id]}}),
-            task_run_filter=filters.TaskRunFilter.model_validate(at_work),
-        )
-        for task in tasks:
+    swept = 0
+    for run in runs:  # a worker tells of the run itself, but not of its tasks, nor of the runs that it began
+        of_run = filters.FlowRunFilter.model_validate({"id": {"any_": [run.id]}})
+        for task in client.read_task_runs(flow_run_filter=of_run, task_run_filter=at_work):
             client.set_task_run_state(task.id, state, force=True)
-        client.set_flow_run_state(run.id, state, force=True)
-    return len(runs)
+        below = filters.FlowRunFilter.model_validate({"parent_flow_run_id": {"any_": [run.id]}})
+        for child in client.read_flow_runs(flow_run_filter=below):
+            swept += _mark_crashed(client, {"flow_run_id": child.id})
+        if run.state_type is not None and run.state_type.value in AT_WORK:
+            client.set_flow_run_state(run.id, state, force=True)
+            swept += 1
+    return swept
 
 
 def _sweep_files(store: Store) -> None:

@@ -118,10 +118,8 @@ def _check_sizes(file: Path, raw: dict[str, Any], tensors: int) -> None:
 
 
 def check_small_files(folder: Path) -> None:
-    """Refuse what is no plain file, or too large, among the files that are read whole. Raises InputError.
-
-    Symlinks are followed: a model folder of a hub's cache is made of them.
-    """
+    """Refuse links that lead elsewhere, and what is no plain file, or too large, among the files that are read whole. Raises InputError."""
+    _check_links(folder)
     for file in sorted(path for pattern in READ_WHOLE for path in folder.glob(pattern)):
         if file.is_dir() or file.suffix == ".safetensors":
             continue
@@ -129,6 +127,22 @@ def check_small_files(folder: Path) -> None:
             raise InputError(f"{file}: is no file that can be read")
         if file.stat().st_size > LARGEST_TEXT:
             raise InputError(f"{file}: has {file.stat().st_size:,} bytes; at most {LARGEST_TEXT:,} are read")
+
+
+def _check_links(folder: Path) -> None:
+    """Refuse a link that leads out of the folder: what it names would be read, and carried along. Raises InputError.
+
+    A folder of a hub's cache (`snapshots/REVISION`) is made of links to the `blobs` beside its `snapshots`.
+    """
+    home = folder.resolve()
+    rooms = [home, *([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])]
+    for file in sorted(path for path in folder.iterdir() if path.is_symlink()):
+        try:
+            target = file.resolve()
+        except (OSError, RuntimeError):  # links in a circle
+            target = Path()
+        if not any(target.is_relative_to(room) for room in rooms):
+            raise InputError(f"{file}: is a link that leads out of the folder; put the file itself there")
 
 
 def _check_supported(file: Path, raw: dict[str, Any]) -> None:

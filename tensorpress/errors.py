@@ -1,6 +1,7 @@
 """The two ways in which work stops: the user's input is wrong, or a step failed."""
 
 from collections.abc import Iterable
+from typing import Any
 
 
 class InputError(Exception):
@@ -13,6 +14,17 @@ class InputError(Exception):
 
 class StepError(Exception):
     """A step of a recipe failed; what earlier steps made is kept. The command line exits with 1."""
+
+
+class RunFailed(StepError):
+    """A run of which a part failed; `result` has what all parts came to."""
+
+    def __init__(self, problem: str, result: dict[str, Any]):
+        super().__init__(problem)
+        self.result = result
+
+    def __reduce__(self) -> tuple[type, tuple[str, dict[str, Any]]]:
+        return type(self), (str(self), self.result)
 
 
 def nearest(name: str, known: Iterable[object]) -> str:

@@ -41,6 +41,15 @@ def step_params(
     return [Param(key, redact(str(value))[:LONGEST]) for key, value in params.items()]
 
 
+def chain_of(document: Mapping[str, Any], artifact: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The artifacts of a run document from the model to one."""
+    known = {other["node"]: other for other in document["artifacts"]}
+    chain = [artifact]
+    while chain[0]["parent"] in known:
+        chain.insert(0, known[chain[0]["parent"]])
+    return chain
+
+
 def step_tags(branch: str, config: Mapping[str, Any]) -> dict[str, str]:
     """Tags of a step's run: its branch, which is too long for the axis of a chart, and its whole configuration, defaults included."""
     return {"tensorpress.branch": branch or "-", "tensorpress.config": redact(json.dumps(dict(config)))[:LONGEST]}

@@ -26,6 +26,7 @@ from tensorpress.tasks.tracking.entries import (
     BENCHMARKS,
     EXPERIMENT_TAGS,
     benchmark_entries,
+    chain_of,
     link_dataset,
     link_model,
     local_artifacts,
@@ -212,22 +213,13 @@ def _step(runs: Path, document: Mapping[str, Any], artifact: Mapping[str, Any], 
     if artifact["error"]:
         tags["tensorpress.error"] = artifact["error"]
     metrics = {**artifact["metrics"], **summary_metrics(artifact["use"], artifact["report"])}
-    chain, said = _chain(document, artifact), document["recipe"]["steps"]
+    chain, said = chain_of(document, artifact), document["recipe"]["steps"]
     params = step_params(artifact["step"], artifact["use"], chain, said)
     status = "FAILED" if artifact["error"] else "FINISHED"
     return Run(
         artifact["run_id"], artifact["node"], status, max(start, ended - int(1000 * (artifact["seconds"] or 0))), ended,
         tags, _numbers(metrics), params, node,
     )  # fmt: skip
-
-
-def _chain(document: Mapping[str, Any], artifact: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The artifacts from the model to one."""
-    known = {other["node"]: other for other in document["artifacts"]}
-    chain = [artifact]
-    while chain[0]["parent"] in known:
-        chain.insert(0, known[chain[0]["parent"]])
-    return chain
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -91,7 +91,12 @@ def report(
 
 
 def comparison(documents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of a comparison: each original once, then the leaves of all runs, with the settings in which these differ."""
+    """Rows of a comparison: each original once, then the leaves of all runs, with the settings on the way to them in which these differ.
+
+    Settings have MLflow's names: `gptq.bits`.
+    """
+    from tensorpress.tasks.tracking.entries import chain_of
+
     originals: dict[str, dict[str, Any]] = {}
     rows: list[dict[str, Any]] = []
     for document in documents:
@@ -106,7 +111,12 @@ def comparison(documents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "branch": leaf["branch"],
                 "params": {
                     "method": leaf["use"],
-                    **{k: v for k, v in (leaf.get("config") or {}).items() if k != "use"},
+                    **{
+                        f"{link['use']}.{key}": value
+                        for link in chain_of(document, leaf)
+                        for key, value in (link.get("config") or {}).items()
+                        if key != "use"
+                    },
                 },
                 "metrics": leaf["metrics"],
                 "error": leaf.get("error"),

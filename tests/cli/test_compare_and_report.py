@@ -15,7 +15,7 @@ def document(name, run_id, bits, **more):
         "path": None, "report": {"layers": [], "summary": {}},
     }  # fmt: skip
     inner = {**leaf, "node": "prune", "step": "prune", "use": "finercut", "branch": ""}
-    inner |= {"parent": "model", "leaf": False}
+    inner |= {"parent": "model", "leaf": False, "config": {"use": "finercut", "remove": bits / 10, "samples": 1}}
     return {
         "name": name, "mlflow_run_id": run_id, "flow_run_id": f"flow-{name}", "verdict": "ACCEPT", "gates": {},
         "original": {"perplexity": 9.0, "bytes": 16000.0}, "original_digest": "feed", "original_path": "models/tiny",
@@ -50,7 +50,11 @@ def test_compare(call, tracked, work):
     rows = answer["rows"]
     assert answer["runs"] == [first, second]
     assert [row["metrics"]["perplexity"] for row in rows] == [9.0, 14.0, 13.0]  # the original once, and first
-    assert [row["params"] for row in rows] == [{}, {"bits": 4}, {"bits": 3}]
+    assert [row["params"] for row in rows] == [
+        {},
+        {"finercut.remove": 0.4, "gptq.bits": 4},
+        {"finercut.remove": 0.3, "gptq.bits": 3},
+    ]
     assert answer["differing_conditions"] == ["window: 256, 128"]
     assert "original tiny" in " ".join(out.split()) and "different conditions" in out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import re
@@ -12,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -147,6 +148,32 @@ class Served(NamedTuple):
             time.sleep(0.5)
         return run
 
+    def tasks_of(self, run_id: str) -> dict[str, str]:
+        """The tasks of a flow run and the state of each."""
+        found = self.api("POST", "/task_runs/filter", flow_runs={"id": {"any_": [run_id]}}).json()
+        return {task["name"]: task["state_type"] for task in found}
+
+    def at_work(self, run_id: str, task: str, seconds: float = 90.0) -> None:
+        """Wait until a task of a flow run works."""
+        end = time.monotonic() + seconds
+        while self.tasks_of(run_id).get(task) != "RUNNING":
+            assert time.monotonic() < end, self.tasks_of(run_id)
+            time.sleep(0.3)
+
+    def process_of(self, run_id: str) -> psutil.Process:
+        """The process that works on a flow run."""
+        notes = [json.loads(path.read_text()) for path in (self.store / "running").glob(f"{run_id}.json")]
+        return psutil.Process(int(notes[0]["pid"]))
+
+    @property
+    def ports(self) -> list[int]:
+        return [int(address.rsplit(":", 1)[1]) for address in (self.prefect, self.mlflow)]
+
+    def begin(self, *arguments: object) -> subprocess.Popen[bytes]:
+        """Begin the command line where the servers were started, in a session of its own."""
+        line = [sys.executable, "-m", "tensorpress", *map(str, arguments)]
+        return subprocess.Popen(line, cwd=self.folder, env=without_servers(), start_new_session=True)
+
     def command(self, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
         """Run the command line where the servers were started."""
         line = [sys.executable, "-m", "tensorpress", *map(str, arguments)]
@@ -163,32 +190,57 @@ def free_ports(count: int) -> list[int]:
 
 
 @pytest.fixture(scope="session")
-def served(tmp_path_factory: pytest.TempPathFactory, save_folder: Any) -> Iterator[Served]:
+def small_folder(tmp_path_factory: pytest.TempPathFactory, save_folder: Any) -> Callable[[str], Path]:
+    """`small_folder("name")`: a new folder with a small model, `llama`, and its texts."""
+
+    def make(name: str) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        write_texts(folder)
+        torch.manual_seed(0)
+        save_folder(LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2)).to(torch.bfloat16), folder / "llama")
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def served(small_folder: Callable[[str], Path]) -> Iterator[Served]:
     """`tensorpress serve` in a folder with a small model and its texts; at the end nothing of it may be left."""
-    folder = tmp_path_factory.mktemp("served")
-    write_texts(folder)
-    torch.manual_seed(0)
-    save_folder(LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2)).to(torch.bfloat16), folder / "llama")
-    prefect, mlflow = free_ports(2)
+    with serve_in(small_folder("served")) as servers:
+        yield servers
+
+
+@pytest.fixture(scope="session")
+def serve() -> Callable[..., contextlib.AbstractContextManager[Served]]:
+    """`with serve(folder, "--no-worker", end=signal.SIGINT) as served`: servers of a test's own."""
+    return serve_in
+
+
+@contextlib.contextmanager
+def serve_in(
+    folder: Path, *options: str, end: int = signal.SIGTERM, ports: Sequence[int] | None = None
+) -> Iterator[Served]:
+    """`tensorpress serve` in a folder, ended by a signal; at the end nothing of it may be left."""
+    prefect, mlflow = ports or free_ports(2)
     output = folder / "serve.txt"
-    ports = ["--prefect-port", str(prefect), "--mlflow-port", str(mlflow)]
+    chosen = ["--prefect-port", str(prefect), "--mlflow-port", str(mlflow), *options]
     with output.open("wb") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tensorpress", "serve", *ports],
+            [sys.executable, "-m", "tensorpress", "serve", *chosen],
             cwd=folder, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=without_servers(),
         )  # fmt: skip
-    end = time.monotonic() + 180
+    late = time.monotonic() + 180
     while "ready" not in output.read_text():
-        assert process.poll() is None and time.monotonic() < end, output.read_text()
+        assert process.poll() is None and time.monotonic() < late, output.read_text()
         time.sleep(0.1)
     token = (folder / "mlruns/serve/token").read_text().strip()
     addresses = f"http://127.0.0.1:{prefect}", f"http://127.0.0.1:{mlflow}"
     family = psutil.Process(process.pid).children(recursive=True)
     yield Served(process, folder, *addresses, token, output)
     family = {*family, *psutil.Process(process.pid).children(recursive=True)}
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0, output.read_text()
-    _gone, alive = psutil.wait_procs(family, timeout=5)
+    process.send_signal(end)
+    assert process.wait(60) == (-end if end == signal.SIGKILL else 0), output.read_text()
+    _gone, alive = psutil.wait_procs(family, timeout=15 if end == signal.SIGKILL else 5)
     assert not alive, [left.cmdline() for left in alive]
 
 

@@ -194,12 +194,35 @@ def test_indexes_that_lead_elsewhere(told, model, place, name):
 
 
 def test_a_folder_of_a_hub_cache_is_made_of_symlinks(told, model, place):
-    """What the user named may lie anywhere; what a file in it names may not."""
-    (place / "blobs").mkdir()
+    """What the user named may lie anywhere, and be a link itself; what is in it may not lead elsewhere."""
+    blobs, snapshot = place / "models--x/blobs", place / "models--x/snapshots/5a3f"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
     for path in list((place / "llama").iterdir()):
-        shutil.move(path, place / "blobs" / path.name)
-        path.symlink_to(Path("../blobs") / path.name)
+        shutil.move(path, blobs / path.name)
+        (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
+    (place / "llama").rmdir()
+    (place / "llama").symlink_to(snapshot)
     assert told("validate", "recipe.yaml").code == 0 and told("inspect", "llama").code == 0
+
+
+@pytest.mark.parametrize("name", ["vocab.x", "tokenizer.json", "config.json", "model.safetensors", "notes"])
+@pytest.mark.parametrize("target", ["../secret", "/etc/hostname", "nowhere/../../secret", "{name}"], ids=str)
+def test_links_that_lead_out_of_the_folder(told, model, place, name, target):
+    """A key of the user's would be carried into every artifact."""
+    (place / "secret").write_text("a private key")
+    file = place / "llama" / name
+    if file.exists() and name != "notes":
+        shutil.move(file, place / "secret")
+    file.symlink_to(target.format(name=name))
+    for command in (("validate", "recipe.yaml"), ("inspect", "llama")):
+        answer = told(*command)
+        assert answer.code == 2
+
+
+def test_a_link_within_the_folder(told, model, place):
+    (place / "llama/vocab.x").symlink_to("config.json")
+    assert told("validate", "recipe.yaml").code == 0
 
 
 TOKENIZERS = {

@@ -73,6 +73,10 @@ def _the_same_again(served: Any, recipe_text: Any, digest: str) -> None:
     found = served.api("POST", "/artifacts/filter", flow_runs={"id": {"any_": [run["id"]]}}).json()
     (page,) = [artifact["data"] for artifact in found if artifact["key"] == "nightly"]
     assert "is the champion already" in page and digest[:12] in page and "nowhere" in page
+    larger = {"recipe": "the text below", "text": good["text"], "overrides": ["steps.quantize.bits=8"]}
+    run = served.ended(served.start("nightly/nightly", runs=[larger]).json()["id"])
+    assert (run["state_type"], run["state_name"]) == ("COMPLETED", "Worse"), run["state"]
+    assert "bytes" in run["state"]["message"] and "worse" in run["state"]["message"]
 
 
 def test_what_cannot_be_scheduled(served):

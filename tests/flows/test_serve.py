@@ -144,7 +144,7 @@ def test_a_run_from_the_form_does_what_the_command_line_does(served, recipe_text
     assert {"small: quantize", "evaluate small: quantize", "evaluate small: original"} <= names
     links = [a["data"] for a in served.api("POST", "/artifacts/filter").json() if a["key"] == "mlflow-run"]
     assert any(
-        re.match(re.escape(served.mlflow) + r"/#/experiments/\d+/runs/[0-9a-f]{32}", link) or served.mlflow in link
+        re.search(re.escape(served.mlflow) + rf"/#/experiments/\d+/runs/{document['mlflow_run_id']}", link)
         for link in links
     )
 
@@ -170,8 +170,11 @@ def test_cancel(served, recipe_text):
     start = time.monotonic()
     state = {"type": "CANCELLING", "name": "Cancelling"}
     assert served.api("POST", f"/flow_runs/{run_id}/set_state", state=state, force=False).json()["status"] == "ACCEPT"
-    assert served.ended(run_id, 30)["state_type"] == "CANCELLED"
-    print(f"cancelled after {time.monotonic() - start:.1f} s")
+    assert served.ended(run_id, 60)["state_type"] == "CANCELLED"
+    took = time.monotonic() - start
+    assert took < 15, took
+    shown = served.api("POST", "/artifacts/filter", flow_runs={"id": {"any_": [run_id]}}).json()
+    assert [a for a in shown if a["type"] == "progress"], "no bar for a step that takes long"
     _gone, alive = psutil.wait_procs(working - _below(served), timeout=10)
     assert not alive and not list((served.store / "models").glob(".part-*"))
     from tensorpress.tasks.tracking import open_client
