@@ -29,6 +29,8 @@ LONG, BETWEEN = 3.0, 2.0
 NO_SERVER = (PrefectException, httpx.HTTPError, OSError, RuntimeError)
 MLFLOW_VARIABLE = "TENSORPRESS_MLFLOW_UI"
 """The address of MLflow's pages; a server sets it for its runs."""
+PAGES = "?workflowType=machine_learning"
+"""Without it, MLflow 3.17 shows a run among the evaluations of an application, and the way back ends at those, not at the runs."""
 
 
 def key(text: str) -> str:
@@ -85,7 +87,7 @@ def show_link(experiment_id: str, run_id: str) -> str | None:
     address = os.environ.get(MLFLOW_VARIABLE)
     if not address:
         return None
-    link = f"{address.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
+    link = f"{address.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}{PAGES}"
     with contextlib.suppress(*NO_SERVER):
         create_link_artifact(
             link, link_text="This run in MLflow", key="mlflow-run", description="metrics, pictures, report"

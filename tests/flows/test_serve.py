@@ -16,6 +16,7 @@ import psutil
 import pytest
 from prefect.flows import load_flow_from_entrypoint
 
+from tensorpress.files import umask
 from tensorpress.flows import deployments
 from tensorpress.flows.parameters import CompressParameters
 from tensorpress.flows.serving import Options, check
@@ -247,4 +248,4 @@ def _below(served) -> set[psutil.Process]:
 
 
 def test_umask_of_the_store_is_the_users(served):
-    assert (served.store / "models").stat().st_mode & 0o002 == 0
+    assert stat.S_IMODE((served.store / "models").stat().st_mode) == 0o777 & ~umask()
