@@ -21,6 +21,7 @@ from tensorpress.flows.access import credentials, lets_in, read_state, read_toke
 from tensorpress.flows.keeper import Meeting, sweep_places
 from tensorpress.flows.place import here
 from tensorpress.tasks.alive import is_gone
+from tensorpress.tasks.progress import MLFLOW_VARIABLE
 
 START_SECONDS = 90.0
 REVIVALS = 5
@@ -56,7 +57,11 @@ class PrefectServer:
         self._meeting: Meeting | None = None
         self._stopped = threading.Event()
         self._watcher: threading.Thread | None = None
-        found = find_server(store)
+        found, served = find_server(store), read_state(store)
+        self._named_mlflow = False
+        if found and served and found[0] == f"{served.prefect}/api" and MLFLOW_VARIABLE not in os.environ:
+            self._named_mlflow = True
+            os.environ[MLFLOW_VARIABLE] = served.mlflow  # runs leave a link to it
         if found is not None:  # Prefect's settings get what it wants to see, and nothing else
             self.address, auth = found
             os.environ.pop(AUTH_VARIABLE, None)
@@ -85,6 +90,8 @@ class PrefectServer:
     def stop(self) -> None:
         """Use the server no longer."""
         self._stopped.set()
+        if self._named_mlflow:
+            os.environ.pop(MLFLOW_VARIABLE, None)
         if self._watcher is not None:  # it must not take for dead what is ended here
             self._watcher.join()
         if self._meeting is not None:

@@ -26,6 +26,7 @@ from tensorpress.flows.children import Child, answers_at, clean_environment
 from tensorpress.flows.place import FOLDER_VARIABLE, POOL, STORE_VARIABLE
 from tensorpress.flows.prefect_app import HOSTS_VARIABLE
 from tensorpress.flows.server import QUIET, START_SECONDS
+from tensorpress.tasks.progress import MLFLOW_VARIABLE
 
 
 @dataclass(frozen=True)
@@ -309,7 +310,7 @@ def worker_environment(api: str, token: str, mlflow: str, limit: int) -> dict[st
         "PREFECT_WORKER_QUERY_SECONDS": "2",
         "PREFECT_WORKER_ENABLE_CANCELLATION": "true",
         "PREFECT_WORKER_CANCELLATION_POLL_SECONDS": "5",
-        "TENSORPRESS_MLFLOW_UI": mlflow,
+        MLFLOW_VARIABLE: mlflow,
         "TENSORPRESS_ISOLATE": "1",
     }
 

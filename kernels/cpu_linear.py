@@ -30,7 +30,7 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MODES = {"cpu_int8": 1, "cpu": 0}
 
 
-class _Weights(ctypes.Structure):
+class Weights(ctypes.Structure):
     """`tp_weights` of kernels/cpu/linear.h."""
 
     _fields_ = (
@@ -44,13 +44,14 @@ class _Call(ctypes.Structure):
     """`tp_call` of kernels/cpu/linear.h."""
 
     _fields_ = (
-        ("weights", ctypes.POINTER(_Weights)),
+        ("weights", ctypes.POINTER(Weights)),
         ("x", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
         ("rows", ctypes.c_int64),
         ("stride", ctypes.c_int64),
         ("type", ctypes.c_int32),
         ("mode", ctypes.c_int32),
+        ("out", ctypes.c_int32),
     )
 
 
@@ -73,8 +74,9 @@ def compiled() -> ctypes.CDLL | None:
         return None
     code.tp_instructions.restype = ctypes.c_char_p
     code.tp_linear.argtypes = [ctypes.POINTER(_Call), ctypes.c_int]
-    code.tp_pack.argtypes = [ctypes.POINTER(_Weights), *[ctypes.c_void_p] * 4, ctypes.c_int32, ctypes.c_int]
+    code.tp_pack.argtypes = [ctypes.POINTER(Weights), *[ctypes.c_void_p] * 4, ctypes.c_int32, ctypes.c_int]
     code.tp_read.argtypes, code.tp_read.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int], ctypes.c_uint64
+    code.tp_decode.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p, ctypes.c_int]
     code.tp_use_pool.argtypes = [ctypes.c_void_p]
     code.tp_use_pool(_torch_threads())
     return code
@@ -125,7 +127,7 @@ class Packed:
     def __init__(self, layer: QuantizedLinear):
         code = compiled()
         assert code is not None
-        groups, order = _places(layer.g_idx, layer.scales.shape[0])
+        groups, order = places(layer.g_idx, layer.scales.shape[0])
         self.made_of = _state(layer)
         self.outputs, self.inputs, self.bits = layer.out_features, layer.in_features, layer.bits
         blocks, count = -(-self.outputs // LANES), len(groups)
@@ -140,7 +142,7 @@ class Packed:
         plain[self.inputs :] = -1
         self.order = None if torch.equal(order, plain) else order
         self.bias = None if layer.bias is None else layer.bias.detach().float().contiguous()
-        self.weights = _Weights(
+        self.weights = Weights(
             self.outputs, self.inputs, blocks, count, group, self.bits,
             self.data.data_ptr(), self.scale.data_ptr(), _address(self.zero), _address(self.order), _address(self.bias),
         )  # fmt: skip
@@ -167,7 +169,8 @@ class Packed:
             flat = flat.contiguous()
         y = x.new_empty(*x.shape[:-1], self.outputs)
         call = _Call(
-            ctypes.pointer(self.weights), flat.data_ptr(), y.data_ptr(), flat.shape[0], flat.stride(0), TYPES[x.dtype], mode
+            ctypes.pointer(self.weights), flat.data_ptr(), y.data_ptr(), flat.shape[0], flat.stride(0), TYPES[x.dtype], mode,
+            TYPES[x.dtype],
         )  # fmt: skip
         code = compiled()
         assert code is not None
@@ -192,7 +195,7 @@ def _zero_points(layer: QuantizedLinear) -> torch.Tensor:
     return unpack(layer.qzeros.T.contiguous(), layer.bits, layer.out_features) + layer.zero_offset
 
 
-def _places(g_idx: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+def places(g_idx: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Where the inputs go: each group's inputs side by side, cut into pieces of one length, a multiple of 32.
 
     Returns the layer's group of each piece, int32 [pieces], and the input at each place, int32 [pieces * length], -1 for none.
@@ -211,7 +214,8 @@ def _places(g_idx: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tenso
     return of.to(torch.int32), order
 
 
-def _packed(layer: QuantizedLinear) -> Packed:
+def packed(layer: QuantizedLinear) -> Packed:
+    """The layer's weights in the layout of the compiled code, made anew if they changed."""
     kept: Packed | None = layer.packed
     if kept is None or kept.made_of != _state(layer):
         kept = layer.packed = Packed(layer)
@@ -222,7 +226,7 @@ def run(mode: str, layer: QuantizedLinear, x: torch.Tensor) -> torch.Tensor:
     """The product of a layer, by the reference where gradients or another precision are asked for."""
     if x.dtype not in TYPES or x.device.type != "cpu" or (torch.is_grad_enabled() and x.requires_grad):
         return registry.backends("quantized_linear")["reference"].run(layer, x)
-    return _packed(layer)(x, MODES[mode])
+    return packed(layer)(x, MODES[mode])
 
 
 def can_run(layer: nn.Module) -> bool:

@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+MLFLOW_VARIABLE = "TENSORPRESS_MLFLOW_UI"
+"""The address of MLflow's pages, which runs leave a link to."""
+
 Sink = Callable[[str, str, int, int], None]
 """Called with the node, what is being done, how much of it is done, and how much there is."""
 

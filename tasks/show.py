@@ -22,13 +22,11 @@ from prefect.exceptions import FailedRun, PrefectException
 
 from tensorpress.errors import InputError, StepError
 from tensorpress.pictures.tables import human_seconds, present, write
-from tensorpress.tasks.progress import task_sink
+from tensorpress.tasks.progress import MLFLOW_VARIABLE, task_sink
 
 LONG, BETWEEN = 3.0, 2.0
 """Seconds after which work is long enough to be shown, and between two updates."""
 NO_SERVER = (PrefectException, httpx.HTTPError, OSError, RuntimeError)
-MLFLOW_VARIABLE = "TENSORPRESS_MLFLOW_UI"
-"""The address of MLflow's pages; a server sets it for its runs."""
 PAGES = "?workflowType=machine_learning"
 """Without it, MLflow 3.17 shows a run among the evaluations of an application, and the way back ends at those, not at the runs."""
 

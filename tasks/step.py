@@ -22,7 +22,8 @@ def run_step(label: str, job: dict[str, Any], parent: dict[str, Any], tracking: 
     """Make the artifact of a job, or find it in the store; its MLflow run is a child of the flow's, and ends here if this is
     the `last` task about it.
 
-    Returns {"node", "path", "digest", "cached", "seconds", "report", "run_id", "use", "work_seconds"}. The store is the cache: an artifact is taken
+    Returns {"node", "path", "digest", "cached", "seconds", "report", "run_id", "use", "config",
+    "work_seconds"}. The store is the cache: an artifact is taken
     only when its bytes on disk are those that were written.
     """
     start = time.monotonic()
@@ -33,7 +34,7 @@ def run_step(label: str, job: dict[str, Any], parent: dict[str, Any], tracking: 
     try:
         with progress_shown(label):
             made = make_artifact(work, Path(parent["path"]))
-        result = {**made, "run_id": run_id, "use": work.use}
+        result = {**made, "run_id": run_id, "use": work.use, "config": work.config}
         tracker.step_done(run_id, work, result)
         if last:
             tracker.close_step(result, None)

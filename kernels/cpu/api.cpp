@@ -5,7 +5,7 @@
 #include <unistd.h>
 #endif
 
-#include "linear.h"
+#include "work.h"
 
 namespace {
 
@@ -15,27 +15,8 @@ parallel_function pool = nullptr;
 int pool_process = 0;
 int highest = 2;
 
-const struct tp_kernels *kernels() {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (highest >= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"))
-        return &tp_avx512;
-    if (highest >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &tp_avx2;
-#endif
-    return &tp_portable;
-}
-
-struct Task {
-    void (*step)(void *, int64_t, float *);
-    void *data;
-    int64_t count, next;
-    size_t scratch; // floats for each thread
-    int failed;
-};
-
 void take(void *pointer) {
-    struct Task *task = (struct Task *)pointer;
+    struct tp_task *task = (struct tp_task *)pointer;
     float *room = nullptr;
     if (task->scratch && posix_memalign((void **)&room, TP_ALIGN, task->scratch * sizeof(float))) {
         __atomic_store_n(&task->failed, 1, __ATOMIC_RELAXED);
@@ -49,30 +30,47 @@ void take(void *pointer) {
     free(room);
 }
 
-// Work on `count` pieces. A process that was forked has none of its parent's threads: it works alone.
-int spread(struct Task *task, int threads) {
-    if (threads > task->count) threads = (int)task->count;
-    if (threads > 1 && pool && pool_process == (int)getpid()) pool(take, task, (unsigned)threads, 0);
-    else take(task);
-    return task->failed && task->next < task->count ? -1 : 0;
-}
-
 struct Job {
-    const struct tp_kernels *set;
     const struct tp_call *call;
     struct tp_input in;
-    int64_t chunk;
+    int64_t chunk, chunks;
+    int prepared_by; // the job that prepares its input
 };
 
-void prepare_tile(void *pointer, int64_t tile, float *row) {
-    struct Job *job = (struct Job *)pointer;
-    job->set->prepare(job->call, &job->in, tile, row);
+struct Jobs {
+    const struct tp_kernels *set;
+    struct Job job[TP_TOGETHER];
+    int count;
+};
+
+// Whether two layers want the same input in the same form.
+bool alike(const struct tp_call *a, const struct tp_call *b) {
+    const struct tp_weights *v = a->w, *w = b->w;
+    const bool integers = a->mode == TP_INT8 && v->bits != 16;
+    return v->inputs == w->inputs && v->group == w->group && v->groups == w->groups && v->order == w->order &&
+           (v->bits == w->bits || (integers && w->bits != 16));
+}
+
+void prepare_tile(void *pointer, int64_t at, float *row) {
+    struct Jobs *jobs = (struct Jobs *)pointer;
+    for (int i = 0; i < jobs->count; ++i) {
+        struct Job *job = &jobs->job[i];
+        if (job->prepared_by != i) continue;
+        if (at < job->in.tiles) return jobs->set->prepare(job->call, &job->in, at, row);
+        at -= job->in.tiles;
+    }
 }
 
 void work_chunk(void *pointer, int64_t at, float *) {
-    struct Job *job = (struct Job *)pointer;
-    const int64_t first = at * job->chunk, blocks = job->call->w->blocks;
-    job->set->work(job->call, &job->in, first, first + job->chunk < blocks ? first + job->chunk : blocks);
+    struct Jobs *jobs = (struct Jobs *)pointer;
+    for (int i = 0; i < jobs->count; ++i) {
+        struct Job *job = &jobs->job[i];
+        if (at < job->chunks) {
+            const int64_t first = at * job->chunk, last = first + job->chunk, blocks = job->call->w->blocks;
+            return jobs->set->work(job->call, &jobs->job[job->prepared_by].in, first, last < blocks ? last : blocks);
+        }
+        at -= job->chunks;
+    }
 }
 
 int64_t tile_rows(int64_t rows, int64_t most) {
@@ -167,52 +165,101 @@ void tp_use_pool(void *parallel) {
 // Read memory on the same threads, for the bandwidth that a product could have at most; returns a sum, so that nothing is left out.
 uint64_t tp_read(const void *data, int64_t bytes, int threads) {
     struct Reading reading = {(const uint64_t *)data, bytes / 8, 0};
-    struct Task task = {read_piece, &reading, (bytes / 8 + PIECE - 1) / PIECE, 0, 0, 0};
-    spread(&task, threads);
+    struct tp_task task = {read_piece, &reading, (bytes / 8 + PIECE - 1) / PIECE, 0, 0, 0};
+    tp_spread(&task, threads);
     return reading.sum;
 }
 
 // The highest instruction set to use, for tests: 0 portable, 1 AVX2, 2 AVX-512.
 void tp_limit(int level) { highest = level; }
 
-const char *tp_instructions(void) { return kernels()->name; }
+const char *tp_instructions(void) { return tp_set()->name; }
 
 // Pack a layer in the GPTQ layout; `w` has its arrays to be filled. Returns 0.
 int tp_pack(const struct tp_weights *w, const int32_t *words, const int32_t *zeros, const uint16_t *scales, const int32_t *group_of,
             int32_t zero_offset, int threads) {
     struct Source from = {w, words, zeros, scales, group_of, (uint8_t *)w->data, (int16_t *)w->zero, (uint16_t *)w->scale, zero_offset};
-    struct Task task = {pack_block, &from, w->blocks, 0, 0, 0};
-    return spread(&task, threads);
+    struct tp_task task = {pack_block, &from, w->blocks, 0, 0, 0};
+    return tp_spread(&task, threads);
 }
 
 // y = x W^T + b. Returns 0, or -1 when memory is short.
-int tp_linear(const struct tp_call *call, int threads) {
-    const struct tp_weights *w = call->w;
-    if (call->rows < 1 || w->outputs < 1) return 0;
-    struct Job job;
-    job.set = kernels();
-    job.call = call;
-    job.in.parts = job.set->is_bf16 && call->mode == TP_WEIGHT_ONLY && call->type != TP_BF16 ? 2 : 1;
-    const int64_t rows = call->rows * job.in.parts, places = w->groups * w->group;
-    const int64_t tile = tile_rows(rows, job.set->most_rows), tiles = (rows + tile - 1) / tile;
-    job.in.tile = tile;
-    job.in.tiles = tiles;
-    job.in.bytes_per_tile = (size_t)(call->mode == TP_INT8 ? places * tile : places / 2 * tile * (int64_t)job.set->pair_bytes);
-    const size_t values = job.in.bytes_per_tile * (size_t)tiles, each = (size_t)(tiles * tile * w->groups) * 4;
+int tp_linear(const struct tp_call *call, int threads) { return tp_multiply(call, 1, threads); }
+}
+
+const struct tp_kernels *tp_set(void) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (highest >= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"))
+        return &tp_avx512;
+    if (highest >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &tp_avx2;
+#endif
+    return &tp_portable;
+}
+
+// A process that was forked has none of its parent's threads: it works alone.
+int tp_spread(struct tp_task *task, int threads) {
+    if (threads > task->count) threads = (int)task->count;
+    if (threads > 1 && pool && pool_process == (int)getpid()) pool(take, task, (unsigned)threads, 0);
+    else take(task);
+    return task->failed && task->next < task->count ? -1 : 0;
+}
+
+int tp_multiply(const struct tp_call *calls, int count, int threads) {
+    struct Jobs jobs;
+    jobs.set = tp_set();
+    jobs.count = 0;
+    size_t size = 0, scratch = 0;
+    int64_t blocks = 0, tiles = 0;
+    for (int i = 0; i < count; ++i) {
+        const struct tp_call *call = &calls[i];
+        const struct tp_weights *w = call->w;
+        if (call->rows < 1 || w->outputs < 1) continue;
+        struct Job *job = &jobs.job[jobs.count];
+        struct tp_input *in = &job->in;
+        job->call = call;
+        blocks += w->blocks;
+        for (job->prepared_by = 0; job->prepared_by < jobs.count; ++job->prepared_by)
+            if (alike(call, jobs.job[job->prepared_by].call)) break;
+        if (job->prepared_by == jobs.count++) {
+            const bool integers = call->mode == TP_INT8 && w->bits != 16;
+            in->parts = jobs.set->is_bf16 && !integers && call->type != TP_BF16 ? 2 : 1;
+            const int64_t rows = call->rows * in->parts, places = w->groups * w->group;
+            in->tile = tile_rows(rows, jobs.set->most_rows);
+            in->tiles = (rows + in->tile - 1) / in->tile;
+            in->bytes_per_tile = (size_t)(integers ? places * in->tile : places / 2 * in->tile * (int64_t)jobs.set->pair_bytes);
+            tiles += in->tiles;
+            size += in->bytes_per_tile * (size_t)in->tiles + 2 * (size_t)(in->tiles * in->tile * w->groups) * 4 + 3 * TP_ALIGN;
+            scratch = scratch < (size_t)places ? (size_t)places : scratch;
+        }
+    }
+    if (!jobs.count) return 0;
     char *room = nullptr;
-    if (posix_memalign((void **)&room, TP_ALIGN, values + 2 * each + 2 * TP_ALIGN)) return -1;
-    job.in.values = room;
-    job.in.scale = (float *)(room + values);
-    job.in.sum = room + values + each;
-    struct Task first = {prepare_tile, &job, tiles, 0, (size_t)places, 0};
-    int problem = spread(&first, threads);
+    if (posix_memalign((void **)&room, TP_ALIGN, size)) return -1;
+    int64_t chunks = 0;
+    size_t at = 0;
+    for (int i = 0; i < jobs.count; ++i) {
+        struct Job *job = &jobs.job[i];
+        struct tp_input *in = &job->in;
+        if (job->prepared_by == i) {
+            const size_t values = in->bytes_per_tile * (size_t)in->tiles, each = (size_t)(in->tiles * in->tile * job->call->w->groups) * 4;
+            in->values = room + at;
+            in->scale = (float *)(room + at + values);
+            in->sum = room + at + values + each;
+            at += (values + 2 * each + TP_ALIGN - 1) / TP_ALIGN * TP_ALIGN;
+        }
+        job->chunk = blocks / (4 * (int64_t)threads);
+        if (job->chunk < 1) job->chunk = 1;
+        job->chunks = (job->call->w->blocks + job->chunk - 1) / job->chunk;
+        chunks += job->chunks;
+    }
+    struct tp_task first = {prepare_tile, &jobs, tiles, scratch, 0, 0};
+    int problem = tp_spread(&first, threads);
     if (!problem) {
-        job.chunk = w->blocks / (4 * (int64_t)threads);
-        if (job.chunk < 1) job.chunk = 1;
-        struct Task second = {work_chunk, &job, (w->blocks + job.chunk - 1) / job.chunk, 0, 0, 0};
-        problem = spread(&second, threads);
+        struct tp_task second = {work_chunk, &jobs, chunks, 0, 0, 0};
+        problem = tp_spread(&second, threads);
     }
     free(room);
     return problem;
-}
 }

@@ -77,6 +77,8 @@ struct Set : Lanes {
     }
 };
 
+template <> struct Set::Planes<16> : Lanes::Dense { using Dense::Dense; };
+
 #include "linear.inc"
 
 Lanes::Float Lanes::halves_to_float(const uint16_t *half) {
@@ -86,7 +88,7 @@ Lanes::Float Lanes::halves_to_float(const uint16_t *half) {
 }
 } // namespace
 
-extern "C" const struct tp_kernels tp_avx2 = {"avx2", sizeof(Set::Pair), Set::most_rows, false, prepare, work};
+extern "C" const struct tp_kernels tp_avx2 = {"avx2", sizeof(Set::Pair), Set::most_rows, false, prepare, work, &vector};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

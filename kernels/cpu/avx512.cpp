@@ -118,11 +118,17 @@ template <> struct Set::Planes<8> {
     }
 };
 
+template <> struct Set::Planes<16> {
+    const uint8_t *data;
+    explicit Planes(const uint8_t *data) : data(data) {}
+    Halves halves(int plane) const { return _mm512_load_si512(data + 64 * plane); }
+};
+
 #include "linear.inc"
 
 } // namespace
 
-extern "C" const struct tp_kernels tp_avx512 = {"avx512", sizeof(Set::Pair), Set::most_rows, true, prepare, work};
+extern "C" const struct tp_kernels tp_avx512 = {"avx512", sizeof(Set::Pair), Set::most_rows, true, prepare, work, &vector};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -6,7 +6,8 @@
 //   4 bits: 8 inputs,  byte j holds inputs j (low half) and 4 + j;
 //   2 bits: 16 inputs, byte j holds inputs j, 4 + j, 8 + j, 12 + j, from the lowest bits up;
 //   3 bits: 32 inputs in three planes: the two low bits of inputs 0 to 15 and of 16 to 31 as above, then the high bits, of which bit s
-//           of byte j belongs to input 4 s + j.
+//           of byte j belongs to input 4 s + j;
+//   16 bits: no integers but bf16, 4 inputs in two planes: inputs 0 and 2 of each lane, inputs 1 and 3.
 // So four inputs side by side are the four bytes of a lane after one shift and one mask, which is what vpdpbusd multiplies; and two
 // inputs that stand two apart are the halves of a lane, which is what vdpbf16ps multiplies.
 #pragma once
@@ -18,6 +19,7 @@
 #define TP_ALIGN 64
 
 enum tp_mode { TP_WEIGHT_ONLY = 0, TP_INT8 = 1 };
+enum tp_activation { TP_SILU = 0, TP_GELU_TANH = 1 };
 enum tp_type { TP_F32 = 0, TP_BF16 = 1, TP_F16 = 2 };
 
 // Weights of one layer, all arrays aligned to 64 bytes. `group` is a multiple of 32; inputs beyond those that are there are zero.
@@ -38,6 +40,7 @@ struct tp_call {
     void *y;       // [rows][outputs], contiguous
     int64_t rows, stride;
     int32_t type, mode;
+    int32_t out; // type of y
 };
 
 // The input as the kernel of a mode wants it. Where the kernel multiplies bf16 and the input is finer, a row is two here: what bf16 has of
@@ -59,6 +62,29 @@ struct tp_kernels {
     bool is_bf16;      // what weight-only mode multiplies
     void (*prepare)(const struct tp_call *, const struct tp_input *, int64_t tile, float *row);
     void (*work)(const struct tp_call *, const struct tp_input *, int64_t first_block, int64_t last_block);
+    const struct tp_vector *vector;
+};
+
+// Queries of one row that share their keys and values, which are [places][head] of `type`; the result is [queries][head] of `type`.
+struct tp_attention {
+    const float *query; // [queries][head]
+    const void *keys, *values;
+    void *out;
+    float *scores; // room for [queries][places]
+    int64_t queries, head, places;
+    float scale;
+    int32_t type;
+};
+
+// What lies between the linear layers of a decoder.
+struct tp_vector {
+    // state += added (if any); out = weight * state / root of the mean of its squares
+    void (*norm)(float *state, const float *added, const float *weight, int64_t count, float epsilon, void *out, int type);
+    // each head: normalised (if weight), then its halves rotated
+    void (*rotate)(float *heads, int64_t count, int64_t head, const float *weight, float epsilon, const float *cosine, const float *sine);
+    void (*attend)(const struct tp_attention *);
+    void (*activate)(const float *gate, const float *up, int64_t count, int kind, void *out, int type);
+    void (*keep)(const float *x, int64_t count, void *out, int type);
 };
 
 extern "C" {

@@ -36,9 +36,9 @@ from tensorpress.tasks.alive import is_gone, own_mark
 from tensorpress.tasks.planning import Job, Plan
 from tensorpress.tasks.tracking.entries import (
     BENCHMARKS,
-    EXPERIMENT_TAGS,
     LONGEST,
     benchmark_entries,
+    in_order,
     link_dataset,
     link_model,
     local_artifacts,
@@ -158,7 +158,7 @@ class Tracker:
 
     def measured(self, run_id: str, result: dict[str, Any], prefix: str | None) -> None:
         """Record metrics of an artifact (on its step's run) or of the original (on the parent, with a prefix)."""
-        metrics = {f"{prefix or ''}{name}": value for name, value in result["metrics"].items()}
+        metrics = in_order(result["metrics"], prefix or "")
         model_id = None if prefix else self.client.get_run(run_id).data.tags.get("tensorpress.model_id")
         self._metrics(run_id, metrics, model_id)
         for name, text in result["texts"].items():
@@ -172,7 +172,7 @@ class Tracker:
         """
         run_id = result["run_id"]
         sizes = {name: value for name, value in result["size"].items() if name not in set(measured)}
-        own = summary_metrics(result["use"], result["report"])
+        own = summary_metrics(result["use"], result["report"], result["config"])
         self._metrics(run_id, {**sizes, **own, "step_seconds": result["seconds"]})
         if problem:
             self._tags(run_id, {"tensorpress.error": problem})
@@ -350,4 +350,4 @@ def _experiment(client: MlflowClient, name: str, store: Path) -> str:
                 client.restore_experiment(found.experiment_id)
             return str(found.experiment_id)
         location = local_artifacts(store) if local else None
-        return str(client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS))
+        return str(client.create_experiment(name, artifact_location=location))

@@ -10,10 +10,9 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Param
 
+from tensorpress.pictures.tables import present
 from tensorpress.secrets import redact
 
-EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
-"""MLflow then opens an experiment with its table of runs and charts, not with the pages for language model applications."""
 LONGEST = 5000
 """Characters of a tag's or a parameter's value that are kept."""
 BENCHMARKS = "speed"
@@ -55,13 +54,19 @@ def step_tags(branch: str, config: Mapping[str, Any]) -> dict[str, str]:
     return {"tensorpress.branch": branch or "-", "tensorpress.config": redact(json.dumps(dict(config)))[:LONGEST]}
 
 
-def summary_metrics(use: str, report: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a report's summary, under the name of the method."""
+def summary_metrics(use: str, report: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a report's summary that are not settings, under the name of the method."""
     return {
         f"{use}.{key}": value
         for key, value in report["summary"].items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and key not in config
     }
+
+
+def in_order(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The metrics that have a value, quality first, whatever was measured first: MLflow's charts begin with what was logged first."""
+    shown = present([metrics])
+    return {f"{prefix}{metric.key}": float(metrics[metric.key]) for metric in shown}
 
 
 def benchmark_entries(answer: Mapping[str, Any]) -> tuple[str, dict[str, str], list[Param]]:

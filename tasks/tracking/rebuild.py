@@ -24,9 +24,9 @@ from tensorpress.errors import InputError
 from tensorpress.tasks.tracking import champions
 from tensorpress.tasks.tracking.entries import (
     BENCHMARKS,
-    EXPERIMENT_TAGS,
     benchmark_entries,
     chain_of,
+    in_order,
     link_dataset,
     link_model,
     local_artifacts,
@@ -116,9 +116,7 @@ def rebuild(store: Path) -> int:
     opened = Store(store).open()
     for run in ended:
         if run.experiment not in experiments:
-            experiments[run.experiment] = client.create_experiment(
-                run.experiment, local_artifacts(store), tags=EXPERIMENT_TAGS
-            )
+            experiments[run.experiment] = client.create_experiment(run.experiment, local_artifacts(store))
         _restore(client, experiments[run.experiment], run, ids)
         _register(client, opened, run, ids)
     champions.restore(client, opened)
@@ -174,7 +172,7 @@ def _facts(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
 
 def _flow(folder: Path, document: Mapping[str, Any], facts: Mapping[str, Any], start: int, end: int) -> Run:
     verdict = document["verdict"]
-    metrics = {f"original.{name}": value for name, value in document["original"].items()}
+    metrics: dict[str, Any] = in_order(document["original"], "original.")
     metrics |= {"run_seconds": document["seconds"], "overhead_seconds": document["overhead_seconds"]}
     metrics |= {f"worst.{name}": gate["worst"] for name, gate in document["gates"].items()}
     tags = {
@@ -212,7 +210,8 @@ def _step(runs: Path, document: Mapping[str, Any], artifact: Mapping[str, Any], 
             tags["tensorpress.removed"] = "before the database was made again"
     if artifact["error"]:
         tags["tensorpress.error"] = artifact["error"]
-    metrics = {**artifact["metrics"], **summary_metrics(artifact["use"], artifact["report"])}
+    own = summary_metrics(artifact["use"], artifact["report"], artifact.get("config") or {})
+    metrics = {**in_order(artifact["metrics"]), **own}
     chain, said = chain_of(document, artifact), document["recipe"]["steps"]
     params = step_params(artifact["step"], artifact["use"], chain, said)
     status = "FAILED" if artifact["error"] else "FINISHED"

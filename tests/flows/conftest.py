@@ -229,14 +229,18 @@ def serve_in(
             [sys.executable, "-m", "tensorpress", "serve", *chosen],
             cwd=folder, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=without_servers(),
         )  # fmt: skip
-    late = time.monotonic() + 180
-    while "ready" not in output.read_text():
-        assert process.poll() is None and time.monotonic() < late, output.read_text()
-        time.sleep(0.1)
-    token = (folder / "mlruns/serve/token").read_text().strip()
-    addresses = f"http://127.0.0.1:{prefect}", f"http://127.0.0.1:{mlflow}"
-    family = psutil.Process(process.pid).children(recursive=True)
-    yield Served(process, folder, *addresses, token, output)
+    try:
+        late = time.monotonic() + 180
+        while "ready" not in output.read_text():
+            assert process.poll() is None and time.monotonic() < late, output.read_text()
+            time.sleep(0.1)
+        token = (folder / "mlruns/serve/token").read_text().strip()
+        addresses = f"http://127.0.0.1:{prefect}", f"http://127.0.0.1:{mlflow}"
+        family = psutil.Process(process.pid).children(recursive=True)
+        yield Served(process, folder, *addresses, token, output)
+    except BaseException:
+        process.terminate()
+        raise
     family = {*family, *psutil.Process(process.pid).children(recursive=True)}
     process.send_signal(end)
     assert process.wait(60) == (-end if end == signal.SIGKILL else 0), output.read_text()

@@ -14,7 +14,12 @@ from typing import Any
 
 import pytest
 
+from tensorpress.pictures.tables import METRICS
+
 PICTURES = Path(__file__).parents[2] / "build/screenshots"
+BITS = (8, 4, 3)
+BRANCHES = [f"quantize[quantize.bits={bits}]" for bits in BITS]
+QUALITY = {metric.key for metric in METRICS if metric.group == "quality"}
 SWITCHES = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 
 
@@ -45,18 +50,20 @@ def pages(browser: Any, served: Any) -> Iterator[tuple[Any, Any]]:
     prefect.keyboard.press("Enter")
     prefect.wait_for_url("**/dashboard**")
     context = browser.new_context(
-        viewport={"width": 1500, "height": 1000},
+        viewport={"width": 1920, "height": 1080},
         http_credentials={"username": "tensorpress", "password": served.token},
     )
     mlflow = context.new_page()
     mlflow.set_default_timeout(60_000)
     yield prefect, mlflow
+    prefect.screenshot(path=PICTURES / "last-prefect.png", full_page=True)  # where it stopped, if it failed
+    mlflow.screenshot(path=PICTURES / "last-mlflow.png")
 
 
 @pytest.mark.timeout(900)
 def test_from_the_form_to_the_comparison(pages, served, recipe_text):
     prefect, mlflow = pages
-    steps = {"quantize": {"use": "gptq", "after": "model", "group_size": 32, "bits": {"each": [8, 4, 3]}}}
+    steps = {"quantize": {"use": "gptq", "after": "model", "group_size": 32, "bits": {"each": [*BITS]}}}
     _open_form(prefect, served)
     _choose(prefect, "quickstart", "the text below")
     prefect.get_by_text("as in the recipe", exact=True).first.wait_for()
@@ -71,7 +78,9 @@ def test_from_the_form_to_the_comparison(pages, served, recipe_text):
     assert parallel.evaluate("field => field.validationMessage") or prefect.get_by_text("greater than").count()
     parallel.fill("1")
     prefect.screenshot(path=PICTURES / "form.png", full_page=True)
-    prefect.get_by_role("button", name="Submit").click()
+    with prefect.expect_response(lambda answer: answer.url.endswith("/create_flow_run")) as started:
+        prefect.get_by_role("button", name="Submit").click()
+    assert started.value.status == 201, started.value.text()
     prefect.wait_for_url(re.compile(r"/deployment/[0-9a-f-]+\?"))
 
     found = served.api("POST", "/flow_runs/filter", sort="EXPECTED_START_TIME_DESC", limit=1).json()
@@ -85,33 +94,109 @@ def test_from_the_form_to_the_comparison(pages, served, recipe_text):
     prefect.get_by_role("tab", name="Artifacts").click()
     prefect.get_by_text("results").first.wait_for()
     prefect.screenshot(path=PICTURES / "artifacts.png", full_page=True)
-    _compare(mlflow, served, run["id"])
+    link = _link(prefect)
+    _open_run(mlflow, link)
+    _select_branches(mlflow, _metrics(served, link))
+    _compare(mlflow)
 
 
-def _compare(page: Any, served: Any, flow_run_id: str) -> None:
-    """Open the link that the run left, go to its experiment, select the branches, compare them."""
-    artifacts = served.api("POST", "/artifacts/filter", flow_runs={"id": {"any_": [flow_run_id]}}).json()
-    (link,) = re.findall(r"http://[^)\s\"]+", next(a["data"] for a in artifacts if a["key"] == "mlflow-run"))[:1]
+def _link(page: Any) -> str:
+    """The link to MLflow, by the clicks that lead to it from the artifacts of a flow run."""
+    page.get_by_role("link", name="mlflow-run").click()
+    page.wait_for_url("**/artifacts/key/mlflow-run")
+    page.locator("a[href*='/artifacts/artifact/']").first.click()
+    link = page.get_by_role("link", name="This run in MLflow")
+    link.wait_for()
+    page.screenshot(path=PICTURES / "artifact-link.png", full_page=True)
+    return link.get_attribute("href")
+
+
+def _metrics(served: Any, link: str) -> dict[str, dict[str, float]]:
+    """The metrics of every branch of a run: the same names on each."""
+    experiment, parent = re.search(r"/experiments/(\d+)/runs/(\w+)", link).groups()
+    runs = _client(served).search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
+    assert sorted(run.info.run_name for run in runs) == sorted(BRANCHES)
+    assert len({tuple(sorted(run.data.metrics)) for run in runs}) == 1
+    return {run.info.run_name: run.data.metrics for run in runs}
+
+
+def _open_run(page: Any, link: str) -> None:
+    """Open the run, then the runs of its experiment, which are one click away, and not the pages for language model applications."""
     page.goto(link)
-    page.get_by_text("from-the-form").first.wait_for()
-    page.wait_for_timeout(3000)
-    page.screenshot(path=PICTURES / "mlflow-run.png", full_page=True)
-    experiment = re.search(r"/experiments/(\d+)", link).group(1)
-    client = _client(served)
-    (parent,) = client.search_runs([experiment], f"tags.`tensorpress.flow_run_id` = '{flow_run_id}'")
-    runs = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
-    assert len(runs) == 3 and {tuple(sorted(run.data.metrics)) for run in runs} == {tuple(sorted(runs[0].data.metrics))}
-    ids = ",".join(f'"{run.info.run_id}"' for run in runs)
-    page.goto(f"{served.mlflow}/#/experiments/{experiment}/runs")
-    page.get_by_text("quantize[quantize.bits=4]").first.wait_for(state="attached")
-    page.wait_for_timeout(5000)
-    page.screenshot(path=PICTURES / "mlflow-experiment.png", full_page=True)
-    page.goto(f'{served.mlflow}/#/compare-runs?runs=[{ids}]&experiments=["{experiment}"]')
-    page.get_by_text("Parallel Coordinates").first.wait_for()
-    page.wait_for_timeout(4000)
-    page.screenshot(path=PICTURES / "mlflow-compare.png", full_page=True)
-    shown = page.inner_text("body")
-    assert "perplexity_ratio" in shown and "gptq.bits" in shown
+    page.get_by_role("heading", name="from-the-form").wait_for()
+    page.get_by_role("button", name="Close", exact=True).click()  # the assistant, beside every page at first
+    for branch in BRANCHES:
+        page.get_by_role("link", name=branch, exact=True).wait_for()
+    page.get_by_text("original.perplexity", exact=True).first.wait_for()
+    page.screenshot(path=PICTURES / "mlflow-run.png")
+    page.get_by_role("link", name="Runs", exact=True).first.click()
+    page.get_by_role("link", name="from-the-form", exact=True).wait_for()
+
+
+def _select_branches(page: Any, metrics: dict[str, dict[str, float]]) -> None:
+    """Switch columns on, open the run in the table, see its branches with their figures, and tick them."""
+    shown = {"perplexity_ratio": "metrics", "size_ratio": "metrics", "gptq.bits": "params"}
+    page.get_by_role("button", name="Columns").click()
+    for name in shown:
+        page.get_by_placeholder("Search columns").fill(name)
+        found = page.get_by_test_id("column-selector-tree").locator("[class$=tree-title]")
+        found.filter(has_text=re.compile(rf"^{re.escape(name)}$")).last.click()  # parameters come after metrics
+    page.keyboard.press("Escape")
+    _row(page, "from-the-form").get_by_role("gridcell").nth(1).get_by_role("button").click()
+    for bits, branch in zip(BITS, BRANCHES, strict=True):
+        row = _row(page, branch)
+        row.wait_for()
+        number = row.get_attribute("row-id")
+        expected = metrics[branch] | {"gptq.bits": bits}
+        for name, kind in shown.items():
+            cell = page.locator(f"[row-id='{number}'] [col-id='{kind}.`{name}`']")
+            cell.wait_for()
+            assert float(cell.inner_text()) == pytest.approx(expected[name])
+    page.screenshot(path=PICTURES / "mlflow-experiment.png")
+    for branch in BRANCHES:
+        box = _row(page, branch).get_by_role("checkbox", name="row selection")
+        box.check()
+        assert box.is_checked()
+    page.screenshot(path=PICTURES / "mlflow-selected.png")
+
+
+def _compare(page: Any) -> None:
+    """Press Compare: quality over what differs, without a setting."""
+    page.get_by_role("button", name="Compare", exact=True).click()
+    page.get_by_role("heading", name="Comparing 3 Runs").wait_for()
+    plot = page.get_by_role("tabpanel", name="Parallel Coordinates Plot")
+    axes = plot.locator(".axis-title")
+    axes.nth(1).wait_for()
+    page.screenshot(path=PICTURES / "mlflow-compare.png")
+    varied, *compared = axes.all_text_contents()
+    assert varied == "gptq.bits"
+    assert len(compared) == 1 and QUALITY.issuperset(compared), f"compared unless one chooses otherwise: {compared}"
+    plot.get_by_role("combobox").nth(1).click()
+    page.locator("[class*=select-item-option]").get_by_text("perplexity_ratio", exact=True).click()
+    axes.get_by_text("perplexity_ratio", exact=True).wait_for()
+    page.keyboard.press("Escape")
+    page.screenshot(path=PICTURES / "mlflow-compare-chosen.png")
+
+    for what in ("Parameters", "Metrics"):
+        page.get_by_role("switch", name=f"{what} - Show diff only").click()
+    page.get_by_role("rowheader", name="gptq.group_size", exact=True).wait_for(state="hidden")
+    differs = page.get_by_role("row").filter(has=page.get_by_role("rowheader", name="gptq.bits", exact=True))
+    assert differs.get_by_role("cell").all_inner_texts() == [str(bits) for bits in BITS]
+    assert page.get_by_role("link", name="perplexity_ratio", exact=True).is_visible()
+    page.get_by_role("button", name="Artifacts", exact=True).scroll_into_view_if_needed()
+    page.screenshot(path=PICTURES / "mlflow-compare-figures.png")
+
+    page.get_by_role("tab", name="Scatter Plot").click()
+    plot = page.get_by_role("tabpanel", name="Scatter Plot")
+    plot.locator(".ytitle").wait_for()
+    page.screenshot(path=PICTURES / "mlflow-scatter.png")
+    across, up = plot.get_by_role("combobox").all_inner_texts()
+    assert across == "gptq.bits" and up in QUALITY, f"drawn unless one chooses otherwise: {up} over {across}"
+
+
+def _row(page: Any, name: str) -> Any:
+    """The row of a run in MLflow's table of runs: the part of it that has its name."""
+    return page.get_by_role("row").filter(has=page.get_by_role("link", name=name, exact=True))
 
 
 def _client(served: Any) -> Any:

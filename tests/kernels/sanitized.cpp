@@ -1,10 +1,10 @@
-// Calls the kernels on random layers of odd shapes, for AddressSanitizer and UndefinedBehaviorSanitizer to watch.
+// Calls the kernels on random layers of odd shapes, and a decoder of random layers, for AddressSanitizer and UndefinedBehaviorSanitizer to watch.
 #include <cstdio>
 #include <cstdlib>
 #include <random>
 #include <vector>
 
-#include "linear.h"
+#include "decoder.h"
 
 extern "C" {
 void tp_limit(int level);
@@ -17,6 +17,49 @@ template <typename T> T *room(size_t count) { // exactly as large as it says, an
     void *p = nullptr;
     if (posix_memalign(&p, TP_ALIGN, count * sizeof(T) + (count == 0))) abort();
     return static_cast<T *>(p);
+}
+
+// A dense layer of random numbers, of which none is infinite.
+tp_weights dense(std::mt19937 &random, int64_t outputs, int64_t inputs) {
+    const int64_t group = 32 * ((inputs + 31) / 32), blocks = (outputs + TP_LANES - 1) / TP_LANES;
+    uint16_t *data = room<uint16_t>(blocks * TP_LANES * group), *scale = room<uint16_t>(blocks * TP_LANES);
+    for (int64_t i = 0; i < blocks * TP_LANES * group; ++i) data[i] = (uint16_t)((random() & 0x8000) | 0x3c00 | (random() & 0x7f));
+    for (int64_t i = 0; i < blocks * TP_LANES; ++i) scale[i] = 0x3c00;
+    return {outputs, inputs, blocks, 1, group, 16, (const uint8_t *)data, scale, nullptr, nullptr, nullptr};
+}
+
+// Reads a text in parts; every array is as large as it has to be.
+long decode(std::mt19937 &random, int mode, int type) {
+    const int64_t shared = 1 + random() % 2, heads = shared * (1 + random() % 3), head = 2 * (1 + random() % 20), hidden = 1 + random() % 70;
+    const int64_t width = 1 + random() % 90, vocabulary = 1 + random() % 50, places = 24, size = type == TP_F32 ? 4 : 2;
+    tp_weights w[] = {dense(random, heads * head, hidden), dense(random, shared * head, hidden), dense(random, shared * head, hidden),
+                      dense(random, hidden, heads * head), dense(random, width, hidden), dense(random, width, hidden),
+                      dense(random, hidden, width), dense(random, vocabulary, hidden)};
+    std::vector<float> ones(hidden > head ? hidden : head, 1.0f), angles(places * head, 0.7f), embedding(vocabulary * hidden, 0.1f);
+    std::vector<uint8_t> kept[4];
+    for (auto &k : kept) k.resize(shared * places * head * size);
+    tp_block blocks[3] = {};
+    for (int i = 0; i < 3; ++i) {
+        blocks[i] = {ones.data(), ones.data(), w, w + 1, w + 2, w + 3, w + 4, w + 5, w + 6, i ? ones.data() : nullptr, nullptr, heads, shared,
+                     kept[2 * (i & 1)].data(), kept[2 * (i & 1) + 1].data()};
+        if (i == 1) blocks[i].feed_forward_norm = nullptr;
+        if (i == 2) blocks[i].attention_norm = nullptr;
+    }
+    const tp_decoder d = {hidden, head, vocabulary, places, 3, blocks, embedding.data(), ones.data(), w + 7, angles.data(), angles.data(),
+                          1e-5f, 0.2f, TP_F32, (int32_t)(random() % 2), mode, type};
+    std::vector<int64_t> tokens(places);
+    for (auto &t : tokens) t = (int64_t)(random() % vocabulary);
+    long calls = 0;
+    for (int64_t at = 0, rows; at < places; at += rows, ++calls) {
+        rows = 1 + (int64_t)(random() % 9);
+        if (rows > places - at) rows = places - at;
+        const int64_t wanted = (int64_t)(random() % (rows + 1));
+        std::vector<float> logits(wanted * vocabulary);
+        if (tp_decode(&d, tokens.data() + at, rows, at, wanted, logits.data(), 1)) abort();
+    }
+    if (tp_decode(&d, tokens.data(), 1, places, 1, nullptr, 1) != 1) abort(); // no place left
+    for (auto &each : w) free((void *)each.data), free((void *)each.scale);
+    return calls;
 }
 
 int main(int, char **arguments) {
@@ -47,12 +90,15 @@ int main(int, char **arguments) {
                         const size_t size = type == TP_F32 ? 4 : 2;
                         std::vector<uint8_t> x(rows * inputs * size), y(rows * outputs * size);
                         for (auto &byte : x) byte = (uint8_t)random(); // any bits: NaN, infinite and all
-                        const tp_call call = {&w, x.data(), y.data(), rows, inputs, type, mode};
+                        const tp_call call = {&w, x.data(), y.data(), rows, inputs, type, mode, type};
                         if (tp_linear(&call, 1)) return 1;
                         ++calls;
                     }
             free(data), free(scale), free(zero);
         }
+    for (int mode : {TP_WEIGHT_ONLY, TP_INT8})
+        for (int type : {TP_F32, TP_BF16})
+            for (int round = 0; round < 20; ++round) calls += decode(random, mode, type);
     std::printf("calls %ld with %s\n", calls, tp_instructions());
     return 0;
 }

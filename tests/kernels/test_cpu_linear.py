@@ -75,7 +75,7 @@ def oracle(layer, x):
 
 def rounded_inputs(layer, x):
     """What 8-bit inputs stand for: rounded by a scale for each token and piece of a group."""
-    pieces, order = cpu_linear._places(layer.g_idx, layer.scales.shape[0])
+    pieces, order = cpu_linear.places(layer.g_idx, layer.scales.shape[0])
     places = order.view(len(pieces), -1)
     out = torch.zeros_like(x, dtype=torch.float64)
     for piece in places:
