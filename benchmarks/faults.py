@@ -146,7 +146,10 @@ def still_running(store: Path) -> int:
     for database, query in (
         (store / "mlflow.db", "select count(*) from runs where status = 'RUNNING'"),
         (store / "prefect/prefect.db", "select count(*) from flow_run where state_type in ('RUNNING', 'PENDING')"),
-        (store / "prefect/prefect.db", "select count(*) from task_run where state_type in ('RUNNING', 'PENDING')"),
+        (
+            store / "prefect/prefect.db",
+            "select count(*) from task_run where state_type in ('RUNNING', 'PENDING') and state_name <> 'NotReady'",
+        ),
     ):
         if database.exists():
             connection = sqlite3.connect(database)

@@ -60,9 +60,10 @@ def at_work() -> Iterator[Place]:
         yield here()
         return
     os.chdir(os.environ[FOLDER_VARIABLE])
-    sweep_prefect(here().store)
     flow_run = getattr(get_run_context(), "flow_run", None)
-    with running(here().store, str(flow_run.id) if flow_run else None):
+    own = str(flow_run.id) if flow_run else None
+    sweep_prefect(here().store, own)
+    with running(here().store, own):
         yield here()
 
 

@@ -127,6 +127,10 @@ class Packed:
     def __init__(self, layer: QuantizedLinear):
         code = compiled()
         assert code is not None
+        tensors = (layer.qweight, layer.qzeros, layer.g_idx)
+        if any(t.dtype != torch.int32 for t in tensors) or layer.scales.dtype != torch.float16:
+            raise ValueError("a quantized layer has packed integers in int32 and scales in float16")  # what C reads
+        check_groups(layer)
         groups, order = places(layer.g_idx, layer.scales.shape[0])
         self.made_of = _state(layer)
         self.outputs, self.inputs, self.bits = layer.out_features, layer.in_features, layer.bits
@@ -193,6 +197,13 @@ def _zero_points(layer: QuantizedLinear) -> torch.Tensor:
     from tensorpress.kernels.packing import unpack
 
     return unpack(layer.qzeros.T.contiguous(), layer.bits, layer.out_features) + layer.zero_offset
+
+
+def check_groups(layer: QuantizedLinear) -> None:
+    """Refuse inputs that belong to no group. Raises ValueError."""
+    groups = layer.scales.shape[0]
+    if layer.g_idx.numel() and not 0 <= int(layer.g_idx.min()) <= int(layer.g_idx.max()) < groups:
+        raise ValueError(f"g_idx names groups from {int(layer.g_idx.min())} to {int(layer.g_idx.max())} of {groups}")
 
 
 def places(g_idx: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -86,7 +86,7 @@ def refusal(model: PreTrainedModel, places: int = 0) -> str | None:
         return "the compiled kernels were not built"
     if config.model_type not in FAMILIES or not type(model).__name__.endswith("ForCausalLM"):
         return f"it is no decoder of the kinds {', '.join(FAMILIES)}"
-    if model.device.type != "cpu" or model.dtype not in (torch.float32, torch.bfloat16):
+    if any(p.device.type != "cpu" for p in model.parameters()) or model.dtype not in (torch.float32, torch.bfloat16):
         return f"it is in {str(model.dtype).removeprefix('torch.')} on {model.device}; float32 or bfloat16 on the CPU can be run"
     if config.hidden_act not in ACTIVATIONS:
         return f"its activation is {config.hidden_act}"
@@ -104,7 +104,7 @@ def refusal(model: PreTrainedModel, places: int = 0) -> str | None:
     return None
 
 
-def _linears(layer: Any) -> dict[str, nn.Module]:
+def _linears(layer: Any) -> dict[str, Any]:
     """The linear layers of a block, without those of a sublayer that was removed."""
     names: dict[str, Any] = {}
     if not isinstance(layer.self_attn, RemovedAttention):
@@ -112,6 +112,28 @@ def _linears(layer: Any) -> dict[str, nn.Module]:
     if not isinstance(layer.mlp, RemovedLinear):
         names |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), layer.mlp)
     return {name: getattr(part, name) for name, part in names.items()}
+
+
+def _check_sizes(layer: Any, hidden: int, head: int) -> None:
+    """Refuse layers that do not fit together: C does not look. Raises ValueError."""
+    sizes = {name: (part.in_features, part.out_features) for name, part in _linears(layer).items()}
+    wanted = {}
+    if "q_proj" in sizes:
+        heads, shared = (sizes[name][1] // head for name in ("q_proj", "k_proj"))
+        if shared < 1 or heads % shared:
+            raise ValueError(f"its {heads} heads of queries cannot share {shared} of keys")
+        wanted |= {
+            "q_proj": (hidden, heads * head),
+            "k_proj": (hidden, shared * head),
+            "v_proj": (hidden, shared * head),
+        }
+        wanted |= {"o_proj": (heads * head, hidden)}
+    if "up_proj" in sizes:
+        width = sizes["up_proj"][1]
+        wanted |= {"gate_proj": (hidden, width), "up_proj": (hidden, width), "down_proj": (width, hidden)}
+    for name, size in wanted.items():
+        if sizes[name] != size:
+            raise ValueError(f"its {name} is {sizes[name][0]} to {sizes[name][1]}, not {size[0]} to {size[1]}")
 
 
 class Decoder:
@@ -131,11 +153,19 @@ class Decoder:
         config = model.config
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         blocks = (_Block * len(base.layers))(*(self._block(layer, head) for layer in base.layers))
-        angles = base.rotary_emb(torch.zeros(1, 1), torch.arange(places)[None])
+        with torch.no_grad():
+            angles = base.rotary_emb(
+                torch.zeros(1, 1, dtype=torch.float32, device="cpu"), torch.arange(places, device="cpu")[None]
+            )
+        if head % 2 or any(angle.shape != (1, places, head) for angle in angles):
+            raise ValueError(f"its rotary positions do not turn whole heads of {head}")
         cosine, sine = (self._floats(angle[0]) for angle in angles)
         embedding = base.embed_tokens.weight.detach().contiguous()
         self._kept += [blocks, embedding]
-        top: nn.Linear = model.lm_head  # type: ignore[assignment]
+        top: Any = model.lm_head
+        fits = isinstance(top, (nn.Linear, QuantizedLinear)) and (top.out_features, top.in_features) == embedding.shape
+        if not fits or embedding.shape[1] != config.hidden_size:
+            raise ValueError("its head is no linear layer from the hidden size to the vocabulary")
         self._decoder = _Decoder(
             config.hidden_size, head, embedding.shape[0], places, len(base.layers), blocks, embedding.data_ptr(),
             self._floats(base.norm.weight), ctypes.pointer(self._weights(top)), cosine, sine, base.norm.variance_epsilon,
@@ -152,10 +182,15 @@ class Decoder:
         """
         code = cpu_linear.compiled()
         assert code is not None
-        tokens = tokens.to(torch.int64).contiguous()
-        if not 0 < wanted <= len(tokens):
-            raise ValueError(f"{wanted} logits are wanted of {len(tokens)} tokens")
-        logits = torch.empty(wanted, self.vocabulary)
+        if tokens.dim() != 1 or not 0 < wanted <= len(tokens):
+            raise ValueError(f"{wanted} logits are wanted of {len(tokens)} tokens in {tokens.dim()} dimensions")
+        tokens = tokens.to("cpu", torch.int64).contiguous()
+        if self.place + len(tokens) > self.places or not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocabulary:
+            raise ValueError(
+                f"{len(tokens)} tokens behind {self.place} of {self.places}: too many, or not of the vocabulary"
+            )
+        logits = torch.empty(wanted, self.vocabulary, dtype=torch.float32, device="cpu")
+        before = self.place
         for first in range(0, len(tokens), AT_ONCE):
             part = tokens[first : first + AT_ONCE]
             end = first + len(part)
@@ -164,11 +199,8 @@ class Decoder:
             problem = code.tp_decode(
                 ctypes.byref(self._decoder), part.data_ptr(), len(part), self.place, of_part, to.data_ptr(), torch.get_num_threads()
             )  # fmt: skip
-            if problem == 1:
-                raise ValueError(
-                    f"{len(part)} tokens behind {self.place} of {self.places}: too many, or not of the vocabulary"
-                )
             if problem:
+                self.place = before  # all or nothing
                 raise MemoryError(f"no memory to read {len(part)} tokens")
             self.place += len(part)
         return logits
@@ -188,6 +220,7 @@ class Decoder:
         return sum(t.nbytes for t in self._kept if isinstance(t, torch.Tensor) and t.dim() == 3)
 
     def _block(self, layer: Any, head: int) -> _Block:
+        _check_sizes(layer, self.model.config.hidden_size, head)
         block = _Block()
         attention = layer.self_attn
         for name, module in _linears(layer).items():
@@ -198,7 +231,9 @@ class Decoder:
                 if hasattr(attention, name):
                     setattr(block, field, self._floats(getattr(attention, name).weight))
             block.heads, block.shared = (getattr(attention, name).out_features // head for name in ("q_proj", "k_proj"))
-            room = [torch.zeros(block.shared, self.places, head, dtype=self.model.dtype) for _ in range(2)]
+            room = [
+                torch.zeros(block.shared, self.places, head, dtype=self.model.dtype, device="cpu") for _ in range(2)
+            ]
             self._kept += room
             block.keys, block.values = (tensor.data_ptr() for tensor in room)
         if block.down:

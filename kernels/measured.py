@@ -30,12 +30,18 @@ BATCHES = (1, 8, 64, 512)
 """Rows up to which a choice holds; beyond the last there is one for all."""
 _lock = threading.RLock()
 _measuring = threading.local()
+if hasattr(os, "register_at_fork"):  # a child has none of the threads that may hold it
+    os.register_at_fork(after_in_child=lambda: globals().update(_lock=threading.RLock()))
 
 
 def notes_file() -> Path:
-    """Where choices are remembered."""
-    own, base = os.environ.get("TENSORPRESS_CACHE"), os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return (Path(own) if own else Path(base) / "tensorpress") / "kernels.json"
+    """Where choices are remembered; a place that cannot be written where the user has no home."""
+    own, base = os.environ.get("TENSORPRESS_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        folder = Path(own) if own else (Path(base) if base else Path("~/.cache").expanduser()) / "tensorpress"
+    except RuntimeError:
+        folder = Path(os.devnull)
+    return folder / "kernels.json"
 
 
 def batch_of(rows: int) -> str:
@@ -56,7 +62,8 @@ def fastest(key: str, candidates: Sequence[Backend], layer: Any, x: torch.Tensor
             seconds = _measure(candidates, layer, x)
             found = {"fastest": min(seconds, key=lambda name: seconds[name]), "of": sorted(names), "seconds": seconds}
             known[key] = found
-            _remember(machine, key, found)
+            if len(seconds) == len(names):  # else memory was short just now
+                _remember(machine, key, found)
         return names[found["fastest"]]
 
 
@@ -67,7 +74,7 @@ def _measure(candidates: Sequence[Backend], layer: Any, x: torch.Tensor) -> dict
     seconds: dict[str, float] = {}
     try:
         for backend in candidates:
-            if seconds and backend.room(layer) > _free_bytes() / 4:
+            if backend.room(layer) > _free_bytes() / 4 and (seconds or backend is not candidates[-1]):
                 continue
             best = min(seconds.values(), default=float("inf"))
             runs: list[float] = []

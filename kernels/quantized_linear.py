@@ -156,8 +156,14 @@ def _dense_room(layer: QuantizedLinear) -> int:
     return 12 * layer.in_features * layer.out_features
 
 
+def _packed_room(layer: QuantizedLinear) -> int:
+    """The weights in the compiled code's own layout, groups padded to 32 inputs."""
+    groups, padded = layer.scales.shape[0], -(-layer.group_size // 32) * 32
+    return groups * padded * layer.out_features * layer.bits // 8
+
+
 # `auto` takes neither what rounds the inputs nor what keeps the dense weight.
-registry.register("quantized_linear", "cpu", partial(cpu_linear.run, "cpu"), cpu_linear.can_run)
+registry.register("quantized_linear", "cpu", partial(cpu_linear.run, "cpu"), cpu_linear.can_run, room=_packed_room)
 registry.register(
     "quantized_linear", "cpu_int8", partial(cpu_linear.run, "cpu_int8"), cpu_linear.can_run, automatic=False
 )

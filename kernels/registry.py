@@ -1,7 +1,7 @@
 """Which backend computes an operation: each says whether it can run a layer here; the plain reference always can.
 
 A backend is a function (layer, x) -> y with a name. A layer's `kernel` names its backend, or is `auto`: then the fastest of those that
-compute the reference's numbers up to rounding, in no more memory, is measured and remembered (`measured`). The environment's
+compute the reference's numbers up to rounding is measured and remembered (`measured`). The environment's
 TENSORPRESS_KERNELS takes the place of `auto`. `names_in_use` tells a speed figure which kernels made it.
 """
 
@@ -92,19 +92,24 @@ def kernel_for(operation: str, layer: Any, x: torch.Tensor) -> Kernel:
 
 
 def _fastest(operation: str, layer: Any, x: torch.Tensor) -> Backend:
-    if x.device.type == "meta" or (torch.is_grad_enabled() and x.requires_grad):
+    traced = (
+        torch.jit.is_tracing() or torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter)
+    )
+    if traced or x.device.type == "meta" or x.numel() == 0 or (torch.is_grad_enabled() and x.requires_grad):
         return _backends[operation]["reference"]
     batch = measured.batch_of(x.numel() // max(x.shape[-1], 1))
     call = (batch, x.dtype, x.device, torch.get_num_threads())
-    taken: dict[Any, Backend] = layer.__dict__.setdefault("taken", {})
+    taken: dict[Any, str] = layer.__dict__.setdefault("taken", {})
     if call not in taken:
         several = candidates(operation, layer)
         if len(several) == 1:
-            taken[call] = several[0]
+            taken[call] = several[0].name
         else:
             key = f"{operation} {layer.kernel_key()}, {str(x.dtype).removeprefix('torch.')}, rows to {batch}"
-            taken[call] = measured.fastest(key, several, layer, x)
-    return taken[call]
+            taken[call] = measured.fastest(key, several, layer, x).name
+            if "cpu" not in taken.values() and getattr(layer, "packed", None) is not None:
+                layer.packed = None  # what a backend keeps that was only measured
+    return _backends[operation][taken[call]]
 
 
 def names_in_use(model: nn.Module) -> dict[str, int]:
@@ -128,8 +133,8 @@ def _name(operation: str, layer: Any) -> str:
     if backend is not None:
         return backend.name
     several = candidates(operation, layer)
-    taken = several if len(several) == 1 else layer.__dict__.get("taken", {}).values()
-    return "+".join(sorted({b.name for b in taken})) or "auto"
+    taken = [several[0].name] if len(several) == 1 else layer.__dict__.get("taken", {}).values()
+    return "+".join(sorted(set(taken))) or "auto"
 
 
 def _operation_of(module: nn.Module) -> str | None:

@@ -99,6 +99,7 @@ class _Session:
     def __init__(self, job: dict[str, Any], subject: dict[str, Any], is_original: bool, label: str):
         self.job, self.folder, self.is_original = job, Path(subject["path"]), is_original
         self._subject: Subject | None = None
+        self._timed = False
         self._data: EvaluationData | None = None
 
     @property
@@ -111,10 +112,14 @@ class _Session:
 
     def set_kernels(self, timed: bool) -> None:
         """Speed is measured with the kernels that were asked for; the other measures take what is quick."""
-        if timed:
-            use_kernels(self.subject.model, self.job.get("kernels", "auto"))
+        self._timed = timed
+        self._choose_kernels(self.subject.model)
+
+    def _choose_kernels(self, model: PreTrainedModel) -> None:
+        if self._timed:
+            use_kernels(model, self.job.get("kernels", "auto"))
         else:
-            use_quick_kernels(self.subject.model)
+            use_quick_kernels(model)
 
     @property
     def data(self) -> EvaluationData:
@@ -127,7 +132,16 @@ class _Session:
     def _original(self, model: PreTrainedModel) -> Callable[[], PreTrainedModel]:
         if self.is_original:
             return lambda: model
-        return lru_cache(maxsize=1)(lambda: load(self.job["root"]["path"], dtype=working_dtype(self.job["dtype"])))
+
+        @lru_cache(maxsize=1)
+        def loaded() -> PreTrainedModel:
+            return load(self.job["root"]["path"], dtype=working_dtype(self.job["dtype"]))
+
+        def original() -> PreTrainedModel:
+            self._choose_kernels(loaded())  # it may be quantized itself
+            return loaded()
+
+        return original
 
 
 def _key(name: str, job: dict[str, Any], subject: dict[str, Any]) -> str:

@@ -53,20 +53,22 @@ def sweep(store: Store) -> None:
             _sweep_files(store)
 
 
-def sweep_prefect(store: Path) -> int:
+def sweep_prefect(store: Path, own: str | None = None) -> int:
     """Mark as Crashed the flow runs, with their tasks, whose processes on this machine are gone; returns how many.
 
-    A server that does not answer is no error: the next sweep tells it. One that knows nothing of them had another database.
+    `own` is the flow run that asks: if it is done once more, only what it had begun before is marked. A server that does not answer is
+    no error: the next sweep tells it. One that knows nothing of them had another database.
     """
     from prefect.client.orchestration import get_client
     from prefect.exceptions import PrefectException
 
     swept = 0
     for note, known in _dead(store):
-        with contextlib.suppress(PrefectException, httpx.HTTPError, RuntimeError):
+        with contextlib.suppress(PrefectException, httpx.HTTPError, RuntimeError, OSError, ValueError, KeyError):
             with get_client(sync_client=True) as client:
-                swept += _mark_crashed(client, known)
-            note.unlink(missing_ok=True)
+                swept += _mark_crashed(client, known, own)
+            if json.loads(note.read_text(encoding="utf-8")) == known:  # not that of a run which is done once more
+                note.unlink(missing_ok=True)
     return swept
 
 
@@ -80,9 +82,10 @@ def _dead(store: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
             continue
 
 
-def _mark_crashed(client: Any, known: dict[str, Any]) -> int:
+def _mark_crashed(client: Any, known: dict[str, Any], own: str | None) -> int:
     from prefect.client.schemas import filters
-    from prefect.states import Crashed
+    from prefect.client.schemas.objects import StateType
+    from prefect.states import Cancelled, Crashed
 
     about = {"id": {"any_": [known["flow_run_id"]]}} if known["flow_run_id"] else {"tags": {"all_": [known["tag"]]}}
     runs = client.read_flow_runs(flow_run_filter=filters.FlowRunFilter.model_validate(about))
@@ -95,9 +98,13 @@ def _mark_crashed(client: Any, known: dict[str, Any]) -> int:
             client.set_task_run_state(task.id, state, force=True)
         below = filters.FlowRunFilter.model_validate({"parent_flow_run_id": {"any_": [run.id]}})
         for child in client.read_flow_runs(flow_run_filter=below):
-            swept += _mark_crashed(client, {"flow_run_id": child.id})
-        if run.state_type is not None and run.state_type.value in AT_WORK:
-            client.set_flow_run_state(run.id, state, force=True)
+            swept += _mark_crashed(client, {"flow_run_id": child.id}, own)
+        again = str(run.id) == own or (
+            run.state_type == StateType.SCHEDULED and known["flow_run_id"]
+        )  # somebody pressed Retry
+        if run.state_type is not None and run.state_type.value in AT_WORK and not again:
+            cancelled = run.state_type == StateType.CANCELLING
+            client.set_flow_run_state(run.id, Cancelled() if cancelled else state, force=True)
             swept += 1
     return swept
 

@@ -135,8 +135,12 @@ def _check_links(folder: Path) -> None:
     A folder of a hub's cache (`snapshots/REVISION`) is made of links to the `blobs` beside its `snapshots`.
     """
     home = folder.resolve()
-    rooms = [home, *([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])]
-    for file in sorted(path for path in folder.iterdir() if path.is_symlink()):
+    rooms = [home, *(above.parent / "blobs" for above in home.parents if above.name == "snapshots")]
+    inner = [
+        folder,
+        *(path for path in folder.iterdir() if path.is_dir()),
+    ]  # transformers reads chat templates of a folder
+    for file in sorted(path for part in inner for path in part.iterdir() if path.is_symlink()):
         try:
             target = file.resolve()
         except (OSError, RuntimeError):  # links in a circle
@@ -209,11 +213,18 @@ def check_safetensors(file: Path) -> int:
 
 def shapes_of(folder: Path) -> dict[str, list[int]]:
     """Names and shapes of the tensors of a checked folder; no weight is read."""
-    shapes: dict[str, list[int]] = {}
+    return {name: shape for name, (shape, _) in stored_in(folder).items()}
+
+
+def stored_in(folder: Path) -> dict[str, tuple[list[int], str]]:
+    """Shape and type (as safetensors names it) of each tensor of a checked folder; no weight is read."""
+    found: dict[str, tuple[list[int], str]] = {}
     for file in weight_files(folder):
         with safe_open(file, framework="pt") as tensors:
-            shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
-    return shapes
+            for name in tensors.keys():  # noqa: SIM118
+                part = tensors.get_slice(name)
+                found[name] = part.get_shape(), str(part.get_dtype())
+    return found
 
 
 def check_finite(folder: Path) -> None:

@@ -22,9 +22,10 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import GPTQConfig, QuantizationConfigMixin
 
-from tensorpress.checks import check_folder, one_line, shapes_of, weight_files
+from tensorpress.checks import check_folder, one_line, stored_in, weight_files
 from tensorpress.errors import InputError
 from tensorpress.kernels import registry
+from tensorpress.kernels.cpu_linear import check_groups
 from tensorpress.kernels.mpo_linear import MPOLinear
 from tensorpress.kernels.quantized_linear import BITS, QuantizedLinear
 from tensorpress.kernels.removed import RemovedAttention, RemovedLinear, RemovedNorm
@@ -194,6 +195,12 @@ def load(
             ignore_mismatched_sizes=True,  # they are told by _check_whole
         )
     _check_whole(folder, model, found)
+    for path, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            try:
+                check_groups(module)
+            except ValueError as error:
+                raise InputError(f"{folder}: {path}: {error}") from None
     use_kernels(model, kernels)
     return model.to(device).eval()
 
@@ -247,15 +254,20 @@ def _check_fits(folder: Path, config: PretrainedConfig) -> None:
 
     Weights that are missing or of another shape would be drawn at random first, in full size.
     """
-    stored = shapes_of(folder)
+    stored = stored_in(folder)
     model = _outline(folder, config)
     for name, tensor in sorted(model.state_dict().items()):
-        if name in stored and [*tensor.shape] != stored[name]:
-            raise InputError(
-                f"{folder}: tensor {name} has the shape {stored[name]}; config.json says {[*tensor.shape]}"
-            )
+        if name not in stored:
+            continue
+        shape, kind = stored[name]
+        if [*tensor.shape] != shape:
+            raise InputError(f"{folder}: tensor {name} has the shape {shape}; config.json says {[*tensor.shape]}")
+        if tensor.dtype == torch.int32 and kind != "I32":  # transformers leaves integers as they are stored
+            raise InputError(f"{folder}: tensor {name} is stored as {kind}; packed integers are I32")
+        if tensor.is_floating_point() and not kind.removeprefix("B").startswith("F"):
+            raise InputError(f"{folder}: tensor {name} is stored as {kind}; it should be F32, F16 or BF16")
     wanted = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
-    there = sum(math.prod(shape) for shape in stored.values())
+    there = sum(math.prod(shape) for shape, _ in stored.values())
     if wanted > 2 * there + SMALL:
         raise InputError(f"{folder}: the model of its config.json has {wanted:,} numbers, its weights have {there:,}")
 

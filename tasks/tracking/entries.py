@@ -59,7 +59,7 @@ def summary_metrics(use: str, report: Mapping[str, Any], config: Mapping[str, An
     return {
         f"{use}.{key}": value
         for key, value in report["summary"].items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and key not in config
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and config.get(key) != value
     }
 
 

@@ -276,7 +276,7 @@ def method(**fields):
 @pytest.mark.parametrize(
     "fields", [{}, {"bits": 3, "symmetric": False, "act_order": False}, {"bits": 8, "group_size": -1}]
 )
-def test_whole_model(make_model, make_calibration, outputs, tmp_path, name, fields):
+def test_whole_model(make_model, make_calibration, outputs, tmp_path, name, fields, plain_kernels):
     model = make_model(name)
     structure, calibration = find_structure(model), make_calibration(6, 12)
     weights = {path: linear_weight(model.get_submodule(path)).detach().double() for path in structure.linear_paths}

@@ -48,7 +48,7 @@ def left_behind(store):
     return sorted(path.name for path in (store.root / "models").iterdir())
 
 
-def test_written_checked_and_renamed(written, store, compressed, make_ids, outputs):
+def test_written_checked_and_renamed(written, store, compressed, make_ids, outputs, plain_kernels):
     assert written.folder == store.folder(NAME) and left_behind(store) == [NAME]
     record = written.record
     assert record["format_version"] == 1 and record["digest"] == written.digest == NAME

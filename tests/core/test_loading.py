@@ -2,12 +2,13 @@
 
 import copy
 import json
+import pickle
 import subprocess
 import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
@@ -132,6 +133,57 @@ def test_shards(make_model, make_calibration, make_ids, outputs, tmp_path, monke
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     ids = make_ids(2, 7)
     torch.testing.assert_close(outputs(load(tmp_path), ids), outputs(model, ids), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("part", "dtype"),
+    [("qweight", torch.int8), ("qzeros", torch.uint8), ("qweight", torch.int64), ("qzeros", torch.float32), ("scales", torch.int8),
+     ("g_idx", torch.int64), ("scales", torch.bool), ("layernorm.weight", torch.int16)],
+)  # fmt: skip
+def test_types_that_code_would_read_wrongly(make_model, make_calibration, tmp_path, one_line, part, dtype):
+    """Integers stay as they are stored: the compiled kernels would read behind the end of smaller ones."""
+    model, _ = GPTQ(bits=4, group_size=16).compress(make_model("llama"), make_calibration())
+    save_model(model, tmp_path, torch.float32)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in sorted(tensors) if name.endswith(part))
+    save_file({**tensors, name: tensors[name].to(dtype)}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError) as caught:
+        load(tmp_path)
+    one_line(caught, f"tensor {name} is stored as ")
+
+
+@pytest.mark.parametrize("group", [-1, 3, 2**31 - 1])
+def test_inputs_of_groups_that_there_are_not(make_model, make_calibration, tmp_path, one_line, group):
+    model, _ = GPTQ(bits=4, group_size=16).compress(make_model("llama"), make_calibration())
+    save_model(model, tmp_path, torch.float32)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in sorted(tensors) if name.endswith("up_proj.g_idx"))
+    tensors[name][5] = group
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError) as caught:
+        load(tmp_path)
+    one_line(caught, f"{name.removesuffix('.g_idx')}: g_idx names groups from ")
+
+
+def test_a_model_that_has_run_can_be_pickled_and_copied(make_model, make_calibration, make_ids, outputs, tmp_path):
+    model, _ = GPTQ(bits=4, group_size=16).compress(make_model("llama"), make_calibration())
+    save_model(model, tmp_path, torch.float32)
+    opened, ids = load(tmp_path), make_ids(1, 8)
+    expected = outputs(opened, ids)
+    for other in (copy.deepcopy(opened), pickle.loads(pickle.dumps(opened))):
+        torch.testing.assert_close(outputs(other, ids), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_trace_of_a_model_computes(make_model, make_calibration, make_ids, tmp_path):
+    """What is recorded is the reference: calls of compiled code leave no trace."""
+    model, _ = GPTQ(bits=4, group_size=16).compress(make_model("llama"), make_calibration())
+    save_model(model, tmp_path, torch.float32)
+    layer = next(module for module in load(tmp_path).modules() if isinstance(module, QuantizedLinear))
+    x, other = torch.randn(2, 3, layer.in_features)
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, x, check_trace=False)
+        torch.testing.assert_close(traced(other), layer(other), rtol=0, atol=1e-4)
 
 
 def test_registration_twice_is_safe():

@@ -217,7 +217,7 @@ def test_links_that_lead_out_of_the_folder(told, model, place, name, target):
     file.symlink_to(target.format(name=name))
     for command in (("validate", "recipe.yaml"), ("inspect", "llama")):
         answer = told(*command)
-        assert answer.code == 2
+        assert answer.code == 2 and ("leads out of the folder" in answer.err or name == "config.json"), answer.err
 
 
 def test_a_link_within_the_folder(told, model, place):

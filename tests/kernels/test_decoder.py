@@ -156,7 +156,7 @@ def test_tokens_and_lengths_that_there_are_not(make):
     for bad in ([64], [-1], list(range(9))):
         with pytest.raises(ValueError, match="of 8: too many, or not of the vocabulary"):
             decoder(torch.tensor(bad))
-    with pytest.raises(ValueError, match="3 logits are wanted of 2 tokens"):
+    with pytest.raises(ValueError, match="3 logits are wanted of 2 tokens in 1"):
         decoder(torch.tensor([1, 2]), 3)
     assert decoder.place == 0
     decoder(torch.arange(8))
