@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -222,19 +222,32 @@ class MLflow:
         return True
 
 
-def measure(folder: Path, quick: bool, seed: int) -> list[dict[str, Any]]:
-    """Do all of it; rows of the table."""
+PARTS = ("flow", "step", "prefect", "mlflow", "together")
+
+
+def measure(folder: Path, quick: bool, seed: int, parts: Collection[str]) -> list[dict[str, Any]]:
+    """Do the parts that are asked for; rows of the table."""
     bench = Bench(folder, seed)
     bench.undisturbed()
     many, few = (1, 1) if quick else (30, 5)
-    bench.kills("the flow", many, kill_flow)
-    if not quick:
+    if "flow" in parts:
+        bench.kills("the flow", many, kill_flow)
+    if "step" in parts and not quick:
         bench.kills("a step's process", few, kill_below("tensorpress.tasks.child"), TENSORPRESS_ISOLATE="1")
+    if "prefect" in parts and not quick:
         bench.kills("the Prefect server", few, kill_below("tensorpress.flows.keeper"))
+    if "mlflow" in parts and not quick:
         server = MLflow(folder / "mlflow")
         bench.kills("MLflow", few, server.strike, MLFLOW_TRACKING_URI=f"http://127.0.0.1:{server.port}")
         server.kill()
         bench.counts["runs that the killed MLflow calls running"] = still_running(folder / "mlflow")
+    rows = [row(name, value, "", 0.0) for name, value in bench.counts.items()]
+    return rows + (together(bench, folder, quick) if "together" in parts else [])
+
+
+def together(bench: Bench, folder: Path, quick: bool) -> list[dict[str, Any]]:
+    """Runs at once, against one run alone."""
+    bench.counts.clear()
     settings = [] if quick else [f"--set={key}={value}" for key, value in LONGER.items()]
     began = time.monotonic()
     if not quick and bench.start(folder / "union", *settings).wait():
@@ -255,11 +268,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one kill and two runs at once")
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(4), "little"))
+    parser.add_argument("--only", choices=PARTS, action="append", help="this part; its rows replace those in the file")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     os.environ.pop("PREFECT_API_URL", None)
     with tempfile.TemporaryDirectory(prefix="tensorpress-faults-") as folder:
-        rows = measure(Path(folder), args.quick, args.seed)
+        rows = measure(Path(folder), args.quick, args.seed, args.only or PARTS)
+    if args.only and args.json and args.json.exists():
+        new = {row["name"]: row for row in rows}
+        rows = [new.pop(row["name"], row) for row in json.loads(args.json.read_text())["rows"]] + list(new.values())
     longer = {} if args.quick else {"work of the runs at once": LONGER}
     finish(rows, {"seed": args.seed, "quick": args.quick, **longer}, args.json)
 
