@@ -59,7 +59,12 @@ class PrefectServer:
         self._watcher: threading.Thread | None = None
         found, served = find_server(store), read_state(store)
         self._named_mlflow = False
-        if found and served and found[0] == f"{served.prefect}/api" and MLFLOW_VARIABLE not in os.environ:
+        if (
+            found
+            and served
+            and found[0] == f"{served.prefect}/api"
+            and not {MLFLOW_VARIABLE, "MLFLOW_TRACKING_URI"} & set(os.environ)
+        ):
             self._named_mlflow = True
             os.environ[MLFLOW_VARIABLE] = served.mlflow  # runs leave a link to it
         if found is not None:  # Prefect's settings get what it wants to see, and nothing else

@@ -70,11 +70,14 @@ def check_place(store: Path) -> None:
 def check(options: Options) -> None:
     """Refuse, before anything starts, what cannot be served. Raises InputError."""
     lock = options.store / "serve" / "lock"
-    if lock.is_file():
-        try:
-            FileLock(lock).acquire(blocking=False).lock.release()
-        except Timeout:
-            raise InputError(f"store: the servers of {options.store} are being started or stopped just now") from None
+    with contextlib.suppress(OSError):  # another user's folder: `check_place` says so
+        if lock.is_file():
+            try:
+                FileLock(lock).acquire(blocking=False).lock.release()
+            except Timeout:
+                raise InputError(
+                    f"store: the servers of {options.store} are being started or stopped just now"
+                ) from None
     if options.host in ("0.0.0.0", "::") and not options.allowed_hosts:
         raise InputError(
             f"--host {options.host}: say with --name by which name or address others reach this machine: requests for any other are refused"

@@ -304,6 +304,10 @@ def use_kernels(model: nn.Module, name: str) -> None:
     known = {backend for operation in registry.operations() for backend in registry.backends(operation)}
     if name != "auto" and name not in known:
         raise InputError(f"kernels: {name!r} is not known; known: auto, {', '.join(sorted(known))}")
+    if registry.asked_for() not in {"auto", *known}:
+        raise InputError(
+            f"{registry.VARIABLE}: {registry.asked_for()!r} is not known; known: auto, {', '.join(sorted(known))}"
+        )
     for module in model.modules():
         if isinstance(module, MPOLinear):
             module.kernel = name if name in registry.backends("mpo_linear") else "auto"

@@ -306,3 +306,11 @@ def test_kernels_are_chosen_or_refused(saved, one_line):
     with pytest.raises(InputError) as caught:
         load(folder, kernels="cuda9")
     one_line(caught, "kernels: 'cuda9' is not known; known: auto, ")
+
+
+def test_kernels_of_the_environment_are_refused_at_the_start(saved, one_line, monkeypatch):
+    folder = saved(lambda q: None)
+    monkeypatch.setenv("TENSORPRESS_KERNELS", "cpuu")
+    with pytest.raises(InputError) as caught:
+        load(folder)
+    one_line(caught, "TENSORPRESS_KERNELS: 'cpuu' is not known; known: auto, ")
