@@ -51,9 +51,8 @@ def run_flow(parameters: CompressParameters) -> dict[str, Any]:
 def state_of(document: dict[str, Any]) -> State[dict[str, Any]]:
     """The state in which a flow run ends, by the verdict of its run document."""
     if document["verdict"] == "FAILED":
-        failed = RunFailed(
-            f"a step failed: {first_error(document)}", document
-        )  # Prefect raises what a failed state has
+        # an exception: Prefect raises what a failed state has
+        failed = RunFailed(f"a step failed: {first_error(document)}", document)
         return Failed(message=str(failed), data=failed)
     if document["verdict"] == "REJECT":
         gates = ", ".join(name for name, gate in document["gates"].items() if not gate["holds"])

@@ -196,12 +196,8 @@ class Servers:
 
     def _prefect_command(self) -> list[str]:
         address = ["--host", self.options.host, "--port", str(self.options.prefect_port)]
-        quiet = [
-            "--log-level",
-            "warning",
-            "--timeout-graceful-shutdown",
-            "2",
-        ]  # a browser's open page is not waited for
+        # a browser's open page is not waited for
+        quiet = ["--log-level", "warning", "--timeout-graceful-shutdown", "2"]
         return [sys.executable, "-m", "uvicorn", "--factory", "tensorpress.flows.prefect_app:create", *address, *quiet]
 
     def _prefect_environment(self) -> dict[str, str]:

@@ -178,7 +178,7 @@ def test_cancel(served, recipe_text):
     start = time.monotonic()
     state = {"type": "CANCELLING", "name": "Cancelling"}
     assert served.api("POST", f"/flow_runs/{run_id}/set_state", state=state, force=False).json()["status"] == "ACCEPT"
-    assert served.ended(run_id, 60)["state_type"] == "CANCELLED"
+    assert served.ended(run_id, 30)["state_type"] == "CANCELLED"
     took = time.monotonic() - start
     print(f"cancelled after {took:.1f} s")  # the bar is that of benchmarks/operations.py
     _gone, alive = psutil.wait_procs(working - _below(served), timeout=10)

@@ -28,18 +28,6 @@ ROWS = (1, 2, 3, 5, 17)
 pytestmark = pytest.mark.skipif(cpu_linear.compiled() is None, reason="the compiled kernels were not built")
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"])
-def level(request):
-    """Each instruction set that this machine has."""
-    cpu_linear.limit_instructions(request.param)
-    try:
-        if cpu_linear.instructions() != request.param:
-            pytest.skip(f"this processor has no {request.param}")
-        yield request.param
-    finally:
-        cpu_linear.limit_instructions("avx512")
-
-
 def make(inputs, outputs, group, bits, symmetric=True, order=False, zero_offset=1, bias=True):
     """A random layer; `order` gives its inputs to groups at random."""
     size = inputs if group == -1 else group

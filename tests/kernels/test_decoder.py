@@ -16,18 +16,6 @@ pytestmark = pytest.mark.skipif(cpu_linear.compiled() is None, reason="the compi
 ODD = {"hidden_size": 40, "intermediate_size": 52, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10}
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"])
-def level(request):
-    """Each instruction set that this machine has."""
-    cpu_linear.limit_instructions(request.param)
-    try:
-        if cpu_linear.instructions() != request.param:
-            pytest.skip(f"this processor has no {request.param}")
-        yield request.param
-    finally:
-        cpu_linear.limit_instructions("avx512")
-
-
 @pytest.fixture
 def make(make_model):
     """`make("llama", bits=[4, None])`: a model whose dense weights are exact in bf16; layers take turns among the bits, None stays dense."""
