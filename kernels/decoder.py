@@ -117,7 +117,7 @@ def _linears(layer: Any) -> dict[str, Any]:
 def _check_sizes(layer: Any, hidden: int, head: int) -> None:
     """Refuse layers that do not fit together: C does not look. Raises ValueError."""
     sizes = {name: (part.in_features, part.out_features) for name, part in _linears(layer).items()}
-    wanted = {}
+    wanted: dict[str, tuple[int, int]] = {}
     if "q_proj" in sizes:
         heads, shared = (sizes[name][1] // head for name in ("q_proj", "k_proj"))
         if shared < 1 or heads % shared:
