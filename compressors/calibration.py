@@ -12,18 +12,20 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel
 
 from tensorpress.compressors.base import LayerReport, Progress, no_progress
 from tensorpress.errors import StepError
 from tensorpress.loading import apply_layers, layers_of
 from tensorpress.structure import Block, Structure
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Visit = Callable[[Block, "BlockInputs"], list[LayerReport]]
 

@@ -10,13 +10,15 @@ import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 
 from tensorpress.evaluators.base import EvaluationData, Evaluator, Measurement, Progress, Subject, no_progress
 from tensorpress.evaluators.perplexity import position_limit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 HEADER = re.compile(r"^[ \t]*def \w+\([^()\n]*\)(?: *-> *[^:\n]+)?:$", re.MULTILINE)
 

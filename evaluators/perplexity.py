@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
-from transformers import PreTrainedModel
 
 from tensorpress.errors import InputError
 from tensorpress.evaluators.base import EvaluationData, Evaluator, Measurement, Progress, Subject, no_progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TOKENS_PER_FORWARD = 4096
 LOGITS_BYTES = 256 << 20

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import time
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from tensorpress.evaluators.base import EvaluationData, Evaluator, Measurement, Progress, Subject, no_progress
 from tensorpress.evaluators.generation import step
@@ -17,6 +16,9 @@ from tensorpress.kernels import registry
 from tensorpress.kernels.measured import device_name
 from tensorpress.kernels.quantized_linear import QuantizedLinear
 from tensorpress.structure import model_kind
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @torch.no_grad()

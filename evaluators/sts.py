@@ -5,17 +5,18 @@ from __future__ import annotations
 import csv
 import io
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from scipy.stats import spearmanr
 from torch.nn import functional
-from transformers import PreTrainedModel
 
 from tensorpress.errors import InputError
 from tensorpress.evaluators.base import EvaluationData, Evaluator, Measurement, Progress, Subject, no_progress
 from tensorpress.evaluators.fidelity import mean_pooled
 from tensorpress.text import check_plain
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 COLUMNS = ("score", "sentence1", "sentence2")
 BENCHMARK = (4, 5, 6)
@@ -105,6 +106,8 @@ class STS(Evaluator):
             raise InputError(
                 "evaluate: sts needs data.evaluation.pairs: a CSV with the columns score, sentence1, sentence2"
             )
+        from scipy.stats import spearmanr  # a third of a second that only this measure is to pay
+
         scores, left, right = read_pairs(data.pairs)
         vectors = embed(subject.model, data.tokenizer, left + right, self.LENGTH, self.BATCH, progress)
         cosines = functional.cosine_similarity(vectors[: len(left)], vectors[len(left) :])

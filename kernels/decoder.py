@@ -8,16 +8,18 @@ layer and what is kept has the model's precision. Mode `cpu` or `cpu_int8` as in
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from tensorpress.kernels import cpu_linear
 from tensorpress.kernels.cpu_linear import LANES, Weights
 from tensorpress.kernels.quantized_linear import QuantizedLinear
 from tensorpress.kernels.removed import RemovedAttention, RemovedLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1}

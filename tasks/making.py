@@ -7,10 +7,9 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 
 from tensorpress.artifact import Artifact, Store, Writer, plain_gptq
 from tensorpress.checks import weight_files
@@ -26,6 +25,9 @@ from tensorpress.tasks.folders import artifact_folder, root_folder
 from tensorpress.tasks.isolate import Clock, is_isolated, run_isolated
 from tensorpress.tasks.planning import Job, stored_dtype, working_dtype
 from tensorpress.tasks.progress import reporter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def make_artifact(job: Job, parent: Path) -> dict[str, Any]:

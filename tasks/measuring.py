@@ -8,10 +8,9 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 
 from tensorpress import digest
 from tensorpress.artifact import Store
@@ -25,6 +24,9 @@ from tensorpress.tasks.isolate import Clock, is_isolated, run_isolated
 from tensorpress.tasks.planning import evaluation_fingerprint, working_dtype
 from tensorpress.tasks.progress import reporter
 from tensorpress.text import read_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def measure_within(

@@ -20,23 +20,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import nn
-from transformers import PreTrainedModel
 
 from tensorpress import digest
 from tensorpress.errors import InputError, StepError
 from tensorpress.files import umask, write_whole
 from tensorpress.kernels.quantized_linear import QuantizedLinear
 from tensorpress.lease import Lease, lease_seconds
-from tensorpress.loading import FORMAT_VERSION, REPLACED, TensorpressConfig, layers_of
+from tensorpress.loading import FORMAT_VERSION, REPLACED, artifact_config, layers_of
 from tensorpress.record import record_problem
 from tensorpress.remote import CARD, RECORD, Remote, remote_here
 from tensorpress.structure import DENSE, find_structure
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = logging.getLogger("tensorpress")
 PROBE = ".probe"
@@ -408,7 +410,7 @@ def save_model(model: PreTrainedModel, folder: Path, stored: torch.dtype) -> Non
         model.config.quantization_config = plain
         (folder / "quantize_config.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
     elif layers:
-        model.config.quantization_config = TensorpressConfig(layers).to_dict()
+        model.config.quantization_config = artifact_config(layers)
     try:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(stored)

@@ -1,26 +1,21 @@
-"""The transformers plug-in: `from_pretrained` opens any artifact, with any mix of MPO, pruned and quantized layers.
+"""Opens model folders and artifacts, with any mix of MPO, pruned and quantized layers.
 
 `config.json` carries `quantization_config = {"quant_method": "tensorpress", "layers": {path: spec}}`; before the weights
-are read, each path gets the empty module that its spec describes. A folder in the plain GPTQ layout is opened the same
-way, its layers found from the checkpoint's own tensor names.
+are read (`tensorpress.quantizer`), each path gets the empty module that its spec describes. A folder in the plain GPTQ
+layout is opened the same way, its layers found from the checkpoint's own tensor names.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-from transformers.utils.quantization_config import GPTQConfig, QuantizationConfigMixin
 
 from tensorpress.checks import check_folder, one_line, stored_in, weight_files
 from tensorpress.errors import InputError
@@ -31,6 +26,9 @@ from tensorpress.kernels.quantized_linear import BITS, QuantizedLinear
 from tensorpress.kernels.removed import RemovedAttention, RemovedLinear, RemovedNorm
 from tensorpress.specs import module_from_spec
 from tensorpress.structure import iterate_linears, linear_shape, renumber_attention, set_module
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 METHOD = "tensorpress"
 FORMAT_VERSION = 1
@@ -47,63 +45,6 @@ BUFFERS = (
 SMALL = 1 << 24
 """Numbers that a model may hold beside twice its weights: buffers that are made, not read."""
 REPLACED = (MPOLinear, QuantizedLinear, RemovedLinear, RemovedAttention, RemovedNorm)
-
-
-class TensorpressConfig(QuantizationConfigMixin):
-    """The `quantization_config` of an artifact: which module stands at which path."""
-
-    def __init__(self, layers: dict[str, dict] | None = None, format_version: int = FORMAT_VERSION, **kwargs: Any):
-        self.quant_method = METHOD  # type: ignore[assignment]
-        self.format_version = format_version
-        self.layers = layers or {}
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": METHOD, "format_version": self.format_version, "layers": self.layers}
-
-
-class TensorpressQuantizer(HfQuantizer):
-    """Rebuilds an artifact's modules on the meta device; transformers then reads the weights into them."""
-
-    quantization_config: TensorpressConfig
-
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        check_version(self.quantization_config.format_version)
-        apply_layers(model, self.quantization_config.layers)
-        return model
-
-    def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return True
-
-
-class PlainGPTQConfig(GPTQConfig):
-    """GPTQConfig that does not ask for optimum, which only its own quantizer needs."""
-
-    def post_init(self) -> None:
-        listed, self.modules_in_block_to_quantize = self.modules_in_block_to_quantize, None
-        super().post_init()
-        self.modules_in_block_to_quantize = listed
-
-
-class PlainGPTQQuantizer(HfQuantizer):
-    """Opens a folder in the standard GPTQ layout with tensorpress's own layers; gptqmodel is not needed."""
-
-    def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
-    ) -> PreTrainedModel:
-        config = self.quantization_config.to_dict()
-        apply_layers(model, gptq_layers(model, config, [Path(f) for f in checkpoint_files or []]))
-        return model
-
-    def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return False
 
 
 def gptq_layers(model: nn.Module, config: dict[str, Any], files: list[Path]) -> dict[str, dict]:
@@ -183,7 +124,7 @@ def load(
     folder = Path(folder)
     config = check_folder(folder)
     if (config_of(config).get("quant_method")) == "gptq":  # ours, also where gptqmodel is installed
-        config.quantization_config = TensorpressConfig(layer_specs(folder, config)).to_dict()
+        config.quantization_config = artifact_config(layer_specs(folder, config))
     with _one_line(folder):
         _check_fits(folder, config)
         model, found = _auto_class(config).from_pretrained(
@@ -291,6 +232,11 @@ def _check_whole(folder: Path, model: PreTrainedModel, found: dict[str, Any]) ->
         raise InputError(f"{folder}: tensor {name} has the shape {[*shape]}; config.json says {[*wanted]}")
 
 
+def artifact_config(layers: dict[str, dict]) -> dict[str, Any]:
+    """The `quantization_config` of an artifact: which module stands at which path."""
+    return {"quant_method": METHOD, "format_version": FORMAT_VERSION, "layers": layers}
+
+
 def config_of(config: PretrainedConfig) -> dict[str, Any]:
     """A model config's `quantization_config` as a dict; empty if it has none."""
     value = getattr(config, "quantization_config", None)
@@ -335,19 +281,8 @@ def _free_bytes(device: Any) -> int:
 
 def _auto_class(config: PretrainedConfig) -> Any:
     """The class that opens a config: with a language-model head where the architecture has one, else the bare model."""
+    from transformers import AutoModel, AutoModelForCausalLM  # a second, only where a model is opened
+
     name = (config.architectures or [""])[0]
     causal = name.endswith(("ForCausalLM", "LMHeadModel"))
     return AutoModelForCausalLM if causal else AutoModel
-
-
-def register() -> None:
-    """Make transformers know artifacts, and plain GPTQ folders where gptqmodel is not installed. Safe to call twice."""
-    if METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantization_config(METHOD)(TensorpressConfig)
-        register_quantizer(METHOD)(TensorpressQuantizer)
-    if importlib.util.find_spec("gptqmodel") is None:
-        AUTO_QUANTIZER_MAPPING["gptq"] = PlainGPTQQuantizer
-        AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] = PlainGPTQConfig
-
-
-register()

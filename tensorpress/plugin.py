@@ -25,7 +25,7 @@ def install() -> None:
 
 
 def _register() -> None:
-    importlib.import_module("tensorpress.loading")  # registers itself
+    importlib.import_module("tensorpress.quantizer")  # registers itself
 
 
 class _AfterTransformers(MetaPathFinder):

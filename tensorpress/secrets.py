@@ -34,18 +34,27 @@ SHAPES = re.compile(
 
 def redact(text: str) -> str:
     """A text with `***` in place of every secret: values of the environment whose names say so, and known shapes."""
-    for value in _values():
-        text = text.replace(value, MASK)
-    return SHAPES.sub(lambda m: (m["before"] or m["word"] or m["key"] or "") + MASK, text)
+    return _without(_values(), text)
 
 
 def redact_all(value: Any) -> Any:
     """A value for JSON with its texts redacted, those of keys too."""
-    if isinstance(value, str):
-        return redact(value)
-    if isinstance(value, Mapping):
-        return {redact(key) if isinstance(key, str) else key: redact_all(item) for key, item in value.items()}
-    return [redact_all(item) for item in value] if isinstance(value, (list, tuple)) else value
+    secrets = _values()
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, str):
+            return _without(secrets, value)
+        if isinstance(value, Mapping):
+            return {walk(key) if isinstance(key, str) else key: walk(item) for key, item in value.items()}
+        return [walk(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    return walk(value)
+
+
+def _without(secrets: list[str], text: str) -> str:
+    for secret in secrets:
+        text = text.replace(secret, MASK)
+    return SHAPES.sub(lambda m: (m["before"] or m["word"] or m["key"] or "") + MASK, text)
 
 
 def redact_error(error: BaseException) -> None:

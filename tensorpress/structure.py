@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tensorpress.errors import InputError
 from tensorpress.kernels.mpo_linear import MPOLinear
 from tensorpress.kernels.quantized_linear import QuantizedLinear
 from tensorpress.kernels.removed import RemovedAttention, RemovedLinear, RemovedNorm
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DENSE = (nn.Linear, Conv1D)
 LINEAR = (nn.Linear, Conv1D, MPOLinear, QuantizedLinear)

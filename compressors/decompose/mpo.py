@@ -10,18 +10,19 @@ import fnmatch
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from pydantic import Field, model_validator
-from tensorly.decomposition import tensor_train_matrix
-from transformers import PreTrainedModel
 
 from tensorpress.compressors.base import Calibration, Compressor, LayerReport, Report
 from tensorpress.errors import InputError
 from tensorpress.kernels.mpo_linear import MPOLinear, mpo_to_matrix
 from tensorpress.structure import DENSE, Structure, find_structure, linear_shape, linear_weight, set_module
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def factors(size: int, sites: int) -> tuple[int, ...]:
@@ -81,6 +82,8 @@ def decompose(
     """
     if len(rows) == 1:
         return [weight.double().reshape(1, rows[0], columns[0], 1)]
+    from tensorly.decomposition import tensor_train_matrix  # half a second, only where a step decomposes
+
     tensor = np.asarray(weight.detach().double().cpu().numpy()).reshape(*rows, *columns)
     cores = tensor_train_matrix(tensor, [1, *bonds, 1])
     return [torch.from_numpy(np.array(core)) for core in cores]

@@ -10,17 +10,19 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field
-from transformers import PreTrainedModel
 
 from tensorpress.compressors.base import Calibration, Compressor, LayerReport, Report
 from tensorpress.compressors.distances import total_distance
 from tensorpress.errors import InputError, StepError
 from tensorpress.kernels.quantized_linear import QuantizedLinear
 from tensorpress.structure import Structure, Sublayer, find_structure, remove_sublayer, set_module, stub_from_spec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BATCH = 2**24
 """Numbers in one batch of outputs, where a single window does not have more already."""

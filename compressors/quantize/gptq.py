@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import nn
-from transformers import PreTrainedModel
 
 from tensorpress.compressors.base import Calibration, Compressor, LayerReport, Report
 from tensorpress.compressors.calibration import BlockInputs, walk
@@ -18,6 +17,9 @@ from tensorpress.errors import InputError, StepError
 from tensorpress.kernels.mpo_linear import MPOLinear
 from tensorpress.kernels.quantized_linear import QuantizedLinear
 from tensorpress.structure import DENSE, Block, Structure, find_structure, linear_shape, linear_weight, set_module
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BLOCK = 128
 """Columns that are compensated at once; the result does not depend on it."""

@@ -11,12 +11,11 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import nn
-from transformers import PreTrainedModel
 
 from tensorpress.compressors.base import Calibration, Compressor, LayerReport, Report
 from tensorpress.compressors.distances import KLDivergence
@@ -24,6 +23,9 @@ from tensorpress.errors import InputError, StepError
 from tensorpress.kernels.mpo_linear import MPOLinear
 from tensorpress.kernels.quantized_linear import QuantizedLinear
 from tensorpress.structure import Structure, find_structure
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 WARM_UP, FLOOR = 0.05, 0.1
 """The learning rate rises over this share of the budget, and falls to this share of its peak."""

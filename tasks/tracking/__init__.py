@@ -30,6 +30,7 @@ from mlflow.exceptions import MlflowException
 
 from tensorpress import digest
 from tensorpress.errors import InputError, StepError
+from tensorpress.pictures.graph import save
 from tensorpress.recipe import Recipe
 from tensorpress.secrets import redact, redact_error, redact_logs
 from tensorpress.tasks.alive import is_gone, own_mark
@@ -193,9 +194,7 @@ class Tracker:
 
     def figure(self, figure: Figure, name: str, run_id: str | None = None) -> None:
         """Save a picture under the same path in every run."""
-        self._file(
-            run_id or self.handle["run_id"], name, lambda path: figure.savefig(path, dpi=150, bbox_inches="tight")
-        )
+        self._file(run_id or self.handle["run_id"], name, lambda path: save(figure, path))
 
     def text(self, text: str, name: str, run_id: str | None = None) -> None:
         """Save a text, without secrets, under the same path in every run."""

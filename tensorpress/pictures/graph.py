@@ -174,7 +174,7 @@ def _places(children: Mapping[str, list[dict[str, Any]]]) -> dict[str, tuple[int
 def _edge(axes: Axes, x0: float, y0: float, x1: float, y1: float, failed: bool) -> None:
     middle = (x0 + x1) / 2
     curve = Path([(x0, y0), (middle, y0), (middle, y1), (x1, y1)], [Path.MOVETO, Path.CURVE4, Path.CURVE4, Path.CURVE4])
-    axes.add_patch(
+    axes.add_artist(
         PathPatch(curve, fill=False, lw=1.1, ec=BAD if failed else LINE, ls="--" if failed else "-", zorder=1)
     )
 
@@ -182,7 +182,7 @@ def _edge(axes: Axes, x0: float, y0: float, x1: float, y1: float, failed: bool) 
 def _node(axes: Axes, x: float, y: float, height: float, node: Mapping[str, Any], compact: bool) -> None:
     failed, root = bool(node.get("error")), bool(node.get("root"))
     outline = BAD if failed else ACCENT if root or node.get("leaf") else LINE
-    axes.add_patch(
+    axes.add_artist(
         FancyBboxPatch(
             (x, y), BOX, height, boxstyle="round,pad=0,rounding_size=0.07", zorder=2,
             fc=BAD_PANEL if failed else PANEL if root else PAPER, ec=outline, lw=1.4 if failed else 1.1,

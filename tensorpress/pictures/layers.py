@@ -124,11 +124,11 @@ def _cell(
     at, size = (x + rim, y + rim), (wide - 2 * rim, tall - 2 * rim)
     middle, room = x + wide / 2, (wide - 2 * rim) * 72 - 3
     if _removed(layer):
-        axes.add_patch(Rectangle(at, *size, fc="none", ec=LINE, lw=0.8, hatch="////", hatch_linewidth=0.5))
+        axes.add_artist(Rectangle(at, *size, fc="none", ec=LINE, lw=0.8, hatch="////", hatch_linewidth=0.5))
         word = "removed" if room > text_width("removed", 6.5) else "×"
         put(axes, middle, y + tall / 2, word, 6.5, MUTED, ha="center")
         return
-    axes.add_patch(
+    axes.add_artist(
         Rectangle(at, *size, fc=color if color is not None else "none", ec=LINE if color is None else "none", lw=0.8)
     )
     ink = MUTED if color is None else DARK_TEXT if _luminance(color) > 0.5 else LIGHT_TEXT
@@ -156,7 +156,7 @@ def _legend(
     steps, wide = 48, 1.5
     assert norm.vmin is not None and norm.vmax is not None
     for i in range(steps):
-        axes.add_patch(
+        axes.add_artist(
             Rectangle((x + i * wide / steps, y), wide / steps * 1.05, 0.09, fc=colors((i + 0.5) / steps), lw=0)
         )
     ends = ("0 %", "100 %") if colors is KEPT_COLORS else (significant(norm.vmin, 2), significant(norm.vmax, 2))

@@ -19,7 +19,8 @@ from tensorpress.compressors.quantize.gptq import GPTQ
 from tensorpress.errors import InputError
 from tensorpress.kernels.mpo_linear import MPOLinear
 from tensorpress.kernels.quantized_linear import QuantizedLinear
-from tensorpress.loading import apply_layers, layers_of, load, module_from_spec, register
+from tensorpress.loading import apply_layers, layers_of, load, module_from_spec
+from tensorpress.quantizer import register
 from tensorpress.structure import find_structure, remove_sublayer
 
 NAMES = ["llama", "gpt2", "bert", "gemma3", "opt", "gpt_neox"]
