@@ -26,6 +26,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from tensorpress.files import write_whole
+from tensorpress.starting import starting
 from tensorpress.tasks.alive import is_gone, mark_of
 
 PREFIX = "tensorpress-prefect-"
@@ -182,13 +183,13 @@ def main(folder: Path, store: Path, port: int) -> None:
     log = os.open(home / "server.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     for stream in (1, 2):
         os.dup2(log, stream)
-    import uvicorn
+    with starting():
+        import uvicorn
 
-    from tensorpress.flows.prefect_app import create
+        from tensorpress.flows.prefect_app import create
 
-    config = uvicorn.Config(
-        create, factory=True, host="127.0.0.1", port=port, log_level="warning", timeout_graceful_shutdown=1
-    )
+        application = create()
+    config = uvicorn.Config(application, host="127.0.0.1", port=port, log_level="warning", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     threading.Thread(target=_serve_while_used, args=(Meeting(store, folder), server), daemon=True).start()
     server.run()

@@ -30,6 +30,7 @@ from tensorpress.cli.common import (
 )
 from tensorpress.errors import InputError
 from tensorpress.secrets import redact_all
+from tensorpress.starting import starting
 
 if TYPE_CHECKING:
     from tensorpress.flows.server import PrefectServer
@@ -90,7 +91,11 @@ def run(
     start = time.monotonic()
     check_json_target(json_file)
     text, folder, overrides = recipe_text(recipe, overrides)
-    with _terminable(), prefect_server(store.absolute()) as server:  # comes up while our own libraries do
+    with (
+        starting() as started,
+        _terminable(),
+        prefect_server(store.absolute()) as server,
+    ):  # comes up while our own libraries do
         from tensorpress.flows.place import working_in
         from tensorpress.flows.request import prepare, written
 
@@ -98,10 +103,12 @@ def run(
         parameters = written(text, overrides, kernels=kernels, runner=wanted)
         with working_in(store, folder):
             prepare(parameters)
+            import tensorpress.flows.running  # noqa: F401 - what the flow will import
             from tensorpress.flows.compress import run_flow
             from tensorpress.tasks.tracking import open_client
 
             open_client(store.absolute())
+            started()
             with connected(server.wait()), _stoppable(server, store.absolute()), progress_bars():
                 document = _in_thread(lambda: run_flow(parameters))
     document = redact_all(document)
