@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: audit test-gptq quickstart test lint types imports tests install clean
+.PHONY: audit llama-cpp test-gptq quickstart test lint types imports tests install clean
 
 quickstart: $(STAMP)
 	$(BIN)/tensorpress run recipes/quickstart.yaml
@@ -54,6 +54,13 @@ test-gptq:
 	$(GPTQ_VENV)/bin/python -m pip install --quiet -c build/constraints-gptq.txt gptqmodel==7.6.0 optimum
 	$(GPTQ_VENV)/bin/python -m pip install --quiet -c build/constraints-gptq.txt -e . pytest pytest-timeout
 	GPTQMODEL_CPU_WORKERS=2 $(GPTQ_VENV)/bin/pytest -q -m extra tests/extra
+
+# The peer of benchmarks/llama_cpp.py, compiled for this processor: ten minutes on two cores.
+LLAMA_VENV ?= .venv-llama-cpp
+llama-cpp:
+	$(PYTHON) -m venv $(LLAMA_VENV)
+	CMAKE_ARGS="-DGGML_NATIVE=ON" $(LLAMA_VENV)/bin/python -m pip install --quiet --no-binary llama-cpp-python llama-cpp-python==0.3.36
+	$(LLAMA_VENV)/bin/python -m pip install --quiet gguf==0.19.0
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

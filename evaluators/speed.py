@@ -14,6 +14,7 @@ from tensorpress.evaluators.generation import step
 from tensorpress.evaluators.perplexity import position_limit
 from tensorpress.kernels import registry
 from tensorpress.kernels.measured import device_name
+from tensorpress.kernels.mpo_linear import MPOLinear
 from tensorpress.kernels.quantized_linear import QuantizedLinear
 from tensorpress.structure import model_kind
 
@@ -44,10 +45,8 @@ def _now(device: torch.device) -> float:
 
 def resident_bytes(model: nn.Module) -> int:
     """Bytes of a model's parameters and buffers, shared ones once, and of what its kernels keep beside them."""
-    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
-    kept = [layer.unpacked[1] for layer in layers if layer.unpacked is not None]
-    packed = sum(layer.packed.nbytes for layer in layers if layer.packed is not None)
-    return packed + sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *kept))
+    kept = sum(m.kept_bytes() for m in model.modules() if isinstance(m, (MPOLinear, QuantizedLinear)))
+    return kept + sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 def peak_bytes(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> int:

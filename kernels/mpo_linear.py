@@ -7,24 +7,21 @@ along their bonds d_0 = d_n = 1 (Oseledets 2011; Gao et al. 2020, "Compressing d
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-from tensorpress.kernels import registry
+from tensorpress.kernels import mpo_contraction, registry
+from tensorpress.kernels.measured import BATCHES
+from tensorpress.kernels.mpo_contraction import Contraction, Plan, Shape, merge
 
 
 def mpo_to_matrix(cores: Sequence[torch.Tensor]) -> torch.Tensor:
     """Contract cores [d_{k-1}, i_k, j_k, d_k] to the matrix [prod i_k, prod j_k]."""
-    rows, columns = 1, 1
-    result = cores[0].new_ones(1, 1, 1)  # [rows, columns, bond]
-    for core in cores:
-        left, i, j, right = core.shape
-        result = (result.reshape(-1, left) @ core.reshape(left, -1)).reshape(rows, columns, i, j, right)
-        rows, columns = rows * i, columns * j
-        result = result.transpose(1, 2).reshape(rows, columns, right)
-    return result.reshape(rows, columns)
+    _, rows, columns, _ = (merged := merge(cores)).shape
+    return merged.reshape(rows, columns)
 
 
 def mpo_apply(cores: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
@@ -60,8 +57,8 @@ def apply_cost(cores: Sequence[torch.Tensor] | Sequence[torch.Size], tokens: int
 def matrix_cost(cores: Sequence[torch.Tensor] | Sequence[torch.Size], tokens: int) -> int:
     """Multiply-adds of contracting the cores to a matrix and multiplying `tokens` inputs with it."""
     shapes = [tuple(core.shape) if isinstance(core, torch.Tensor) else tuple(core) for core in cores]
-    done, cost = 1, 0
-    for left, i, j, right in shapes:
+    done, cost = shapes[0][1] * shapes[0][2], 0
+    for left, i, j, right in shapes[1:]:
         cost += done * left * i * j * right
         done *= i * j
     return cost + tokens * done
@@ -82,7 +79,10 @@ class MPOLinear(nn.Module):
             for k, (i, j) in enumerate(zip(out_factors, in_factors, strict=True))
         )
         self.bias = nn.Parameter(torch.zeros(self.out_features)) if bias else None
-        self.kernel = "auto"
+        self.kernel = "reference"
+        """What computes it; `auto` in a model that was opened from a folder."""
+        self.kept: dict[str, tuple[object, Contraction | torch.Tensor]] = {}
+        """What kernels keep, and the cores that it was made of: `matrix`, and the contractions of `chain` by size of batch."""
 
     @classmethod
     def from_cores(cls, cores: Sequence[torch.Tensor], bias: torch.Tensor | None) -> MPOLinear:
@@ -101,6 +101,20 @@ class MPOLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return registry.kernel_for("mpo_linear", self, x)(self, x)
 
+    def shapes(self) -> tuple[Shape, ...]:
+        """The shapes of the cores."""
+        edges = (1, *self.bonds, 1)
+        return tuple(zip(edges[:-1], self.out_factors, self.in_factors, edges[1:], strict=True))
+
+    def kept_bytes(self, names: Collection[str] | None = None) -> int:
+        """Bytes that kernels keep beside the cores: those of these names, or all; what two sizes of batch share counts once."""
+        found = [made for key, (_, made) in self.kept.items() if names is None or key.partition(" ")[0] in names]
+        return sum(made.nbytes for made in {id(made): made for made in found}.values())
+
+    def release(self, names: Collection[str] = ()) -> None:
+        """Drop what kernels other than these keep."""
+        self.kept = {key: value for key, value in self.kept.items() if key.partition(" ")[0] in names}
+
     def kernel_key(self) -> str:
         """What the speed of its kernels depends on."""
         return f"{self.in_factors} to {self.out_factors}, bonds {self.bonds}"
@@ -117,7 +131,9 @@ class MPOLinear(nn.Module):
 
     @classmethod
     def from_spec(cls, spec: dict) -> MPOLinear:
-        return cls(spec["out_factors"], spec["in_factors"], spec["bonds"], bias=spec["bias"])
+        layer = cls(spec["out_factors"], spec["in_factors"], spec["bonds"], bias=spec["bias"])
+        layer.kernel = "auto"
+        return layer
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bonds={self.bonds}"
@@ -138,5 +154,74 @@ def mpo_linear_reference(layer: MPOLinear, x: torch.Tensor) -> torch.Tensor:
     return y if layer.bias is None else y + layer.bias
 
 
+def mpo_linear_matrix(layer: MPOLinear, x: torch.Tensor) -> torch.Tensor:
+    """The matrix, contracted once and kept in memory."""
+    if _learns(layer, x):
+        return mpo_linear_reference(layer, x)
+    matrix = _kept(layer, "matrix", layer.dense_weight)
+    return nn.functional.linear(x, matrix, layer.bias)
+
+
+def mpo_linear_chain(layer: MPOLinear, x: torch.Tensor) -> torch.Tensor:
+    """The cores one after the other, grouped and ordered as is predicted to be fastest for so many inputs (`mpo_contraction`)."""
+    if _learns(layer, x):
+        return mpo_linear_reference(layer, x)
+    rows = x.numel() // x.shape[-1]
+    plan, size = plan_for(layer, rows, x.dtype), next((most for most in BATCHES if rows <= most), "more")
+    cores = list(layer.cores)
+
+    def made() -> Contraction:
+        known = (one for _, one in layer.kept.values() if isinstance(one, Contraction) and one.plan == plan)
+        return next((one for one in known if one.made_of == _state(layer)), None) or Contraction(
+            cores, plan, _state(layer)
+        )
+
+    y: torch.Tensor = _kept(layer, f"chain {size}", made)(x)
+    return y if layer.bias is None else y + layer.bias
+
+
+def plan_for(layer: MPOLinear, rows: int, dtype: torch.dtype) -> Plan:
+    """The chain that is predicted to be fastest for up to so many inputs of a layer; it keeps at most as much as its matrix."""
+    most = next((size for size in BATCHES if rows <= size), 8 * BATCHES[-1])
+    machine = mpo_contraction.machine_of(str(layer.cores[0].device), dtype, torch.get_num_threads())
+    shapes, room = layer.shapes(), layer.in_features * layer.out_features
+    size = torch.empty((), dtype=dtype).element_size()
+    found = mpo_contraction.best_chain(shapes, most, size, machine, room)
+    return found or Plan("left", tuple(range(1, len(shapes) + 1)))
+
+
+def _kept(layer: MPOLinear, key: str, make: Callable[[], Any]) -> Any:
+    """What was made of the cores as they are, made anew if they changed."""
+    state, (made_of, made) = _state(layer), layer.kept.get(key, (None, None))
+    if made_of != state:
+        with torch.no_grad():
+            made = make()
+        others = {name: value for name, value in layer.kept.items() if name != key}
+        chains = [name for name in others if name.startswith("chain")]
+        if key.startswith("chain") and len(chains) > 1:  # one for reading, one for decoding
+            others.pop(chains[0])
+        layer.kept = {**others, key: (state, made)}
+    return made
+
+
+def _state(layer: MPOLinear) -> tuple[tuple[int, int], ...]:
+    """What changes when a core is replaced or written to."""
+    return tuple((core.data_ptr(), 0 if core.is_inference() else core._version) for core in layer.cores)
+
+
+def _learns(layer: MPOLinear, x: torch.Tensor) -> bool:
+    """Whether gradients are asked for, which what is kept has not; or another precision, which it would have to be made for."""
+    core = layer.cores[0]
+    return (
+        x.dtype != core.dtype or x.numel() == 0 or (torch.is_grad_enabled() and (x.requires_grad or core.requires_grad))
+    )
+
+
+def _matrix_room(layer: MPOLinear) -> int:
+    return layer.in_features * layer.out_features * layer.cores[0].element_size()
+
+
 registry.register("mpo_linear", "dense", mpo_linear_dense, automatic=False)
+registry.register("mpo_linear", "matrix", mpo_linear_matrix, room=_matrix_room)
+registry.register("mpo_linear", "chain", mpo_linear_chain, lambda layer: len(layer.cores) > 1, room=_matrix_room)
 registry.register("mpo_linear", "reference", mpo_linear_reference)

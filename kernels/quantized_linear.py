@@ -7,6 +7,7 @@ Format `gptq` (version 1) stores z - 1, `gptq_v2` stores z.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -126,6 +127,21 @@ class QuantizedLinear(nn.Module):
         )
         layer.kernel = "auto"
         return layer
+
+    def kept_bytes(self, names: Collection[str] | None = None) -> int:
+        """Bytes that kernels keep beside the layer's own tensors: those of these names, or all."""
+        packed = names is None or any(name in cpu_linear.MODES for name in names)
+        unpacked = names is None or "unpacked" in names
+        return (self.packed.nbytes if self.packed is not None and packed else 0) + (
+            self.unpacked[1].nbytes if self.unpacked is not None and unpacked else 0
+        )
+
+    def release(self, names: Collection[str] = ()) -> None:
+        """Drop what kernels other than these keep."""
+        if not any(name in cpu_linear.MODES for name in names):
+            self.packed = None
+        if "unpacked" not in names:
+            self.unpacked = None
 
     def kernel_key(self) -> str:
         """What the speed of its kernels depends on."""

@@ -95,7 +95,7 @@ def _fastest(operation: str, layer: Any, x: torch.Tensor) -> Backend:
     traced = (
         torch.jit.is_tracing() or torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter)
     )
-    if traced or x.device.type == "meta" or x.numel() == 0 or (torch.is_grad_enabled() and x.requires_grad):
+    if traced or x.device.type == "meta" or x.numel() == 0 or (torch.is_grad_enabled() and _learns(layer, x)):
         return _backends[operation]["reference"]
     batch = measured.batch_of(x.numel() // max(x.shape[-1], 1))
     call = (batch, x.dtype, x.device, torch.get_num_threads())
@@ -107,9 +107,12 @@ def _fastest(operation: str, layer: Any, x: torch.Tensor) -> Backend:
         else:
             key = f"{operation} {layer.kernel_key()}, {str(x.dtype).removeprefix('torch.')}, rows to {batch}"
             taken[call] = measured.fastest(key, several, layer, x).name
-            if "cpu" not in taken.values() and getattr(layer, "packed", None) is not None:
-                layer.packed = None  # what a backend keeps that was only measured
+            layer.release(taken.values())  # what backends keep that were only measured
     return _backends[operation][taken[call]]
+
+
+def _learns(layer: nn.Module, x: torch.Tensor) -> bool:
+    return x.requires_grad or any(parameter.requires_grad for parameter in layer.parameters())
 
 
 def names_in_use(model: nn.Module) -> dict[str, int]:
@@ -120,7 +123,7 @@ def names_in_use(model: nn.Module) -> dict[str, int]:
     """
     counts: dict[str, int] = {}
     for module in model.modules():
-        operation = getattr(module, "operation", None) or _operation_of(module)
+        operation = operation_of(module)
         if operation is None:
             continue
         name = f"{operation}:{_name(operation, module) if operation in _backends else 'torch'}"
@@ -137,8 +140,7 @@ def _name(operation: str, layer: Any) -> str:
     return "+".join(sorted(set(taken))) or "auto"
 
 
-def _operation_of(module: nn.Module) -> str | None:
-    kind = type(module).__name__
-    return {"QuantizedLinear": "quantized_linear", "MPOLinear": "mpo_linear", "Linear": "dense", "Conv1D": "dense"}.get(
-        kind
-    )
+def operation_of(module: nn.Module) -> str | None:
+    """The operation that a layer is, `dense` for one that nothing replaced; None for a module that is no linear layer."""
+    kinds = {"QuantizedLinear": "quantized_linear", "MPOLinear": "mpo_linear", "Linear": "dense", "Conv1D": "dense"}
+    return getattr(module, "operation", None) or kinds.get(type(module).__name__)

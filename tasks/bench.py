@@ -1,9 +1,10 @@
-"""Models by name, and the speed of one: prefill and decode at batch 1, in turns with the dense original."""
+"""Models by name, and the speed of one: prefill and decode, in turns with the dense original, by every backend that can run it."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ from transformers import PretrainedConfig
 from tensorpress.artifact import RECORD, Artifact, Store
 from tensorpress.checks import check_folder, read_config
 from tensorpress.errors import InputError
+from tensorpress.evaluators.backends import backends_of, measure
 from tensorpress.evaluators.base import EvaluationData, Subject
+from tensorpress.evaluators.perplexity import position_limit
 from tensorpress.evaluators.speed import Speed
 from tensorpress.kernels import registry
 from tensorpress.loading import load
 from tensorpress.source import ModelHandle, resolve
+from tensorpress.structure import model_kind
 from tensorpress.tasks.planning import check_kernels, config_kind, known_source, working_dtype
 from tensorpress.tasks.progress import reporter
 
@@ -68,10 +72,12 @@ def bench_model(
     kernels: str,
     dtype: str,
     store: Path,
+    batches: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Measure prefill of `prompt` tokens and decode of `tokens`, medians of `repeats` runs in turns with the original.
 
-    Returns {"model", "metrics", "conditions"} and "against" where an original was given. Raises InputError.
+    Returns {"model", "metrics", "conditions"}, "against" where an original was given, and for a causal model, if `batches` are
+    given, "backends": a row for each backend and size of batch (`evaluators.backends`). Raises InputError.
     """
     check_kernels(kernels)
     handle = check_model(model, store)
@@ -95,8 +101,26 @@ def bench_model(
     if original is None:
         metrics = {k: v for k, v in metrics.items() if not compares(k)}
         conditions = {k: v for k, v in conditions.items() if not k.startswith("original_")}
-    answer = {"model": model, "digest": handle.digest, "metrics": metrics, "conditions": conditions}
-    return {**answer, **({"against": against} if against else {})}
+    answer: dict[str, Any] = {"model": model, "digest": handle.digest, "metrics": metrics, "conditions": conditions}
+    answer |= {"against": against} if against else {}
+    if batches and model_kind(subject) == "causal":
+        answer["backends"] = _backends(subject, control, kernels, prompt, tokens, repeats, batches)
+    return answer
+
+
+def _backends(
+    subject: Any, control: Any, kernels: str, prompt: int, tokens: int, repeats: int, batches: Sequence[int]
+) -> list[dict[str, Any]]:
+    """The rows of all backends, the model's and then its dense control's."""
+    limit = position_limit(subject)
+    tokens = min(tokens, limit // 2)
+    length = min(prompt, limit - tokens)
+    vocabulary = subject.config.get_text_config().vocab_size
+    prompts = torch.randint(vocabulary, (max(batches), length), generator=torch.Generator().manual_seed(0))
+    made = backends_of(subject, "model", kernels, batches, length + tokens)
+    if control is not subject:
+        made += backends_of(control, "original", "auto", batches, length + tokens)
+    return measure(made, prompts, tokens, repeats, reporter("bench"))
 
 
 def compares(key: str) -> bool:

@@ -255,12 +255,13 @@ def use_kernels(model: nn.Module, name: str) -> None:
             f"{registry.VARIABLE}: {registry.asked_for()!r} is not known; known: auto, {', '.join(sorted(known))}"
         )
     for module in model.modules():
+        if isinstance(module, (MPOLinear, QuantizedLinear)):
+            module.release()
+            module.__dict__.pop("taken", None)
         if isinstance(module, MPOLinear):
             module.kernel = name if name in registry.backends("mpo_linear") else "auto"
         elif isinstance(module, QuantizedLinear):
             module.kernel = name if name in registry.backends("quantized_linear") else "auto"
-            module.unpacked = module.packed = None
-            module.__dict__.pop("taken", None)
 
 
 def use_quick_kernels(model: nn.Module) -> None:
@@ -268,6 +269,9 @@ def use_quick_kernels(model: nn.Module) -> None:
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     dense = 4 * sum(layer.in_features * layer.out_features for layer in layers)
     use_kernels(model, "unpacked" if dense < _free_bytes(model.device) / 4 else "reference")
+    for module in model.modules():
+        if isinstance(module, MPOLinear):
+            module.kernel = "reference"
 
 
 def _free_bytes(device: Any) -> int:

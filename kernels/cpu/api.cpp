@@ -80,6 +80,7 @@ int64_t tile_rows(int64_t rows, int64_t most) {
 }
 
 const int64_t PIECE = 1 << 17; // words
+const int64_t CHUNKS = 16;     // for each thread: the last to end is waited for
 
 struct Reading {
     const uint64_t *words;
@@ -211,7 +212,7 @@ int tp_multiply(const struct tp_call *calls, int count, int threads) {
     jobs.set = tp_set();
     jobs.count = 0;
     size_t size = 0, scratch = 0;
-    int64_t blocks = 0, tiles = 0;
+    int64_t blocks = 0, tiles = 0, work = 0;
     for (int i = 0; i < count; ++i) {
         const struct tp_call *call = &calls[i];
         const struct tp_weights *w = call->w;
@@ -220,6 +221,7 @@ int tp_multiply(const struct tp_call *calls, int count, int threads) {
         struct tp_input *in = &job->in;
         job->call = call;
         blocks += w->blocks;
+        work += w->blocks * TP_LANES * w->groups * w->group / 4 * (3 + call->rows);
         for (job->prepared_by = 0; job->prepared_by < jobs.count; ++job->prepared_by)
             if (alike(call, jobs.job[job->prepared_by].call)) break;
         if (job->prepared_by == jobs.count++) {
@@ -235,6 +237,7 @@ int tp_multiply(const struct tp_call *calls, int count, int threads) {
         }
     }
     if (!jobs.count) return 0;
+    threads = tp_threads_for(work, threads);
     char *room = nullptr;
     if (posix_memalign((void **)&room, TP_ALIGN, size)) return -1;
     int64_t chunks = 0;
@@ -249,7 +252,7 @@ int tp_multiply(const struct tp_call *calls, int count, int threads) {
             in->sum = room + at + values + each;
             at += (values + 2 * each + TP_ALIGN - 1) / TP_ALIGN * TP_ALIGN;
         }
-        job->chunk = blocks / (4 * (int64_t)threads);
+        job->chunk = blocks / (CHUNKS * (int64_t)threads);
         if (job->chunk < 1) job->chunk = 1;
         job->chunks = (job->call->w->blocks + job->chunk - 1) / job->chunk;
         chunks += job->chunks;

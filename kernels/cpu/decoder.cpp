@@ -63,16 +63,17 @@ void activate_row(void *pointer, int64_t row, float *) {
     p->vector->activate(p->gate + row * width, p->up + row * width, width, p->d->activation, p->x + row * width * p->size, p->d->type);
 }
 
-int each_row(struct Pass *p, void (*step)(void *, int64_t, float *), int64_t count, size_t scratch) {
+// `work` is what one row takes
+int each_row(struct Pass *p, void (*step)(void *, int64_t, float *), int64_t count, int64_t work, size_t scratch) {
     struct tp_task task = {step, p, count, scratch, 0, 0};
-    return tp_spread(&task, p->threads);
+    return tp_spread(&task, tp_threads_for(count * work, p->threads));
 }
 
 // state += what the last sublayer gave; x = the norm of the rows from `skipped` on
 int norm_all(struct Pass *p, const float *weight, int64_t skipped) {
     p->weight = weight;
     p->skipped = skipped;
-    const int problem = each_row(p, norm_row, p->rows - skipped, 0);
+    const int problem = each_row(p, norm_row, p->rows - skipped, 2 * p->d->hidden, 0);
     p->adds = false;
     return problem;
 }
@@ -89,8 +90,8 @@ int attention(struct Pass *p) {
     const struct tp_weights *in[3] = {b->q, b->k, b->v};
     float *const to[3] = {p->query, p->key, p->value};
     const size_t scores = (size_t)(b->heads / b->shared) * (size_t)(p->first + p->rows);
-    return norm_all(p, b->attention_norm, 0) || multiply(p, p->rows, 3, in, to) || each_row(p, place_row, p->rows, 0) ||
-           each_row(p, attend_head, p->rows * b->shared, scores) || multiply(p, p->rows, 1, &b->o, &p->added);
+    return norm_all(p, b->attention_norm, 0) || multiply(p, p->rows, 3, in, to) || each_row(p, place_row, p->rows, 2 * b->heads * p->d->head, 0) ||
+           each_row(p, attend_head, p->rows * b->shared, 2 * (int64_t)scores * p->d->head, scores) || multiply(p, p->rows, 1, &b->o, &p->added);
 }
 
 int feed_forward(struct Pass *p) {
@@ -98,7 +99,7 @@ int feed_forward(struct Pass *p) {
     const struct tp_weights *in[2] = {b->gate, b->up};
     float *const to[2] = {p->gate, p->up};
     p->width = b->gate->outputs;
-    return norm_all(p, b->feed_forward_norm, 0) || multiply(p, p->rows, 2, in, to) || each_row(p, activate_row, p->rows, 0) ||
+    return norm_all(p, b->feed_forward_norm, 0) || multiply(p, p->rows, 2, in, to) || each_row(p, activate_row, p->rows, 8 * p->width, 0) ||
            multiply(p, p->rows, 1, &b->down, &p->added);
 }
 

@@ -40,6 +40,7 @@ DtypeOption = Annotated[
 ]
 KernelsOption = Annotated[str, typer.Option("--kernels", help="`auto`, or a backend's name.")]
 
+MOST_TEXTS = 1024
 PLANNED = ("gguf", "compressed-tensors", "onnx")
 """Formats that export will know and does not yet."""
 
@@ -131,18 +132,27 @@ def bench(
         int | None,
         typer.Option("--threads", min=1, max=1024, help="Threads of the CPU; torch's own choice if not given."),
     ] = None,
+    batch: Annotated[
+        str,
+        typer.Option(
+            "--batch",
+            help="Texts at once that every backend is measured with, as 1,4,16; 0: only the figures at batch 1.",
+        ),
+    ] = "1,4,16",
     dtype: DtypeOption = "float32",
     store: StoreOption = DEFAULT_STORE,
     json_file: JsonOption = None,
 ) -> None:
-    """Measure the speed of prefill and decode at batch 1, in turns with the dense original if one is given."""
+    """Measure the speed of prefill and decode, in turns with the dense original if one is given, by every backend that can run the model."""
     from tensorpress.tasks.bench import bench_model
 
     check_json_target(json_file)
+    batches = _batches(batch)
     with _threads(threads), progress_bars():
-        answer = bench_model(model, against, prompt, tokens, repeats, kernels, dtype, store)
+        answer = bench_model(model, against, prompt, tokens, repeats, kernels, dtype, store, batches)
     metrics, conditions = answer["metrics"], answer["conditions"]
     _show_figures({model: metrics}, conditions)
+    _show_backends(answer.get("backends") or [])
     if against is None:
         console.print("[dim]no dense control: give the original with --against for speedups[/]")
     write_json(json_file, answer)
@@ -183,6 +193,7 @@ def generate(
 
     from tensorpress.checks import read_config
     from tensorpress.evaluators.perplexity import position_limit
+    from tensorpress.evaluators.reading import reader_for
     from tensorpress.loading import load
     from tensorpress.source import read_tokenizer
     from tensorpress.tasks.bench import check_model, check_runs
@@ -201,24 +212,35 @@ def generate(
     limit = position_limit(opened)
     if encoded.shape[1] + tokens > limit:
         raise InputError(f"--tokens {tokens}: the text has {encoded.shape[1]} tokens, and {model} takes {limit} in all")
-    torch.manual_seed(seed)
     ids = encoded.long()
-    drawn = (
-        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        if temperature
-        else {"do_sample": False}
-    )
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    generator: Any = opened
-    with torch.no_grad():
-        generator.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=tokens,
-            pad_token_id=0 if padding is None else padding,
-            streamer=_streamer(tokenizer),
-            **drawn,
-        )
+    reader = reader_for(opened, kernels, ids.shape[1] + tokens)
+    drawn = torch.Generator().manual_seed(seed)
+    end = _end_tokens(opened)
+    streamer = _streamer(tokenizer)
+    streamer.put(ids[0])
+    logits = reader.read(ids)
+    for left in range(tokens - 1, -1, -1):
+        token = _next(logits[0].float().cpu(), temperature, drawn)
+        streamer.put(torch.tensor([token]))
+        if token in end or not left:
+            break
+        logits = reader.read(torch.tensor([[token]]))
+    streamer.end()
+
+
+def _next(logits: Any, temperature: float, drawn: Any) -> int:
+    """The likeliest token, or at a temperature one that is drawn."""
+    import torch
+
+    if not temperature:
+        return int(logits.argmax())
+    return int(torch.multinomial((logits.double() / temperature).softmax(0), 1, generator=drawn))
+
+
+def _end_tokens(model: Any) -> set[int]:
+    """The tokens that end a text."""
+    value = getattr(model.generation_config, "eos_token_id", None)
+    return set() if value is None else set(value) if isinstance(value, (list, tuple)) else {value}
 
 
 def export(
@@ -343,6 +365,58 @@ def _show_figures(models: dict[str, dict[str, float]], conditions: dict[str, Any
         f"{key.replace('_', ' ')} {_condition(value)}" for key, value in conditions.items() if key != "bytes_count"
     ]
     console.print(f"[dim]{escape(clean('; '.join(lines)))}[/]", soft_wrap=True)
+
+
+def _batches(text: str) -> list[int]:
+    """The sizes of batch that `--batch` names; empty for 0. Raises InputError."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and int(part) <= MOST_TEXTS for part in parts):
+        raise InputError(f"--batch {text[:80]}: found no list of whole numbers from 1 to {MOST_TEXTS}, as 1,4,16")
+    return sorted({int(part) for part in parts} - {0})
+
+
+def _show_backends(rows: list[dict[str, Any]]) -> None:
+    """A line for each backend and size of batch."""
+    from rich.table import Table
+
+    from tensorpress.pictures.tables import human_bytes
+
+    if not rows:
+        return
+    columns = (
+        "batch",
+        "backend",
+        "by",
+        "prompt tok/s",
+        "p50 ms",
+        "p90 ms",
+        "decode tok/s",
+        "p50 ms",
+        "p90 ms",
+        "weights GB/s",
+        "of reading",
+        "memory",
+    )
+    table = Table(*columns[:3], box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for column in columns[3:]:
+        table.add_column(column, justify="right")
+    for row in sorted(rows, key=lambda row: row["batch"]):
+        share = row["share_of_read_bandwidth"]
+        table.add_row(
+            str(row["batch"]),
+            f"{'original, ' if row['of'] == 'original' else ''}{row['backend']}",
+            row["runner"],
+            *(
+                f"{row[f'{phase}_{key}']:.1f}"
+                for phase in ("prefill", "decode")
+                for key in ("tokens_per_second", "ms_p50", "ms_p90")
+            ),
+            f"{row['weight_gigabytes_per_second']:.2f}",
+            "–" if share is None else f"{share:.0%}",
+            human_bytes(row["peak_memory_bytes"]),
+        )
+    console.print()
+    console.print(table)
 
 
 def _condition(value: Any) -> str:

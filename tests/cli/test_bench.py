@@ -42,3 +42,16 @@ def test_bench_refuses(refused, original, encoder):
     assert "--repeats" in refused("bench", original, "--repeats", 0)
     assert "not its original" in refused("bench", original, "--against", encoder)
     assert "--threads" in refused("bench", original, "--threads", 0)
+
+
+def test_bench_by_backend(call, refused, original, plain, store, work):
+    asked = ("bench", plain, "--against", original, "--prompt", 8, "--tokens", 2, "--repeats", 1)
+    code, out, _ = call(*asked, "--batch", "2,1", "--store", store, "--json", "b.json")
+    assert code == 0 and "by" in out and "of reading" in out
+    rows = json.loads((work / "b.json").read_text())["backends"]
+    assert {row["batch"] for row in rows} == {1, 2} and {row["of"] for row in rows} == {"model", "original"}
+    assert {"reference", "torch"} <= {row["backend"] for row in rows}
+    assert call(*asked, "--batch", "0", "--store", store, "--json", "b.json")[0] == 0
+    assert "backends" not in json.loads((work / "b.json").read_text())
+    for text in ("", "a", "1;2", "-1", "2000", "1.5"):
+        assert "whole numbers from 1 to 1024" in refused("bench", plain, f"--batch={text}")

@@ -15,6 +15,13 @@ def test_generate(call, original, mixed, store):
     assert call("generate", mixed.name, "the cat", "--tokens", 3, "--kernels", "reference", "--store", store)[0] == 0
 
 
+def test_every_kernel_writes_the_same_text(call, plain, store):
+    texts = {
+        call("generate", plain, "the cat", "--tokens", 20, "--kernels", k)[1] for k in ("auto", "reference", "unpacked")
+    }
+    assert len(texts) == 1
+
+
 def test_generate_refuses(refused, original, encoder):
     assert "encoder" in refused("generate", encoder, "the cat")
     assert "empty" in refused("generate", original, "")

@@ -1,0 +1,163 @@
+"""Matrix product operator layers: whichever way `auto` measures to be fastest, beside the dense layer of the same precision in the same turns.
+
+    python benchmarks/mpo_linear.py --json benchmarks/results/mpo_linear.json    # about three minutes on two cores
+    python benchmarks/mpo_linear.py --quick --json out.json                       # one shape, no bars
+
+Layers keep half or a quarter of the matrix's numbers, as square sites and as a low rank (rows m, 1; columns 1, n). Copies of each take turns, so
+that none comes from a cache. The model of costs is held against the measured times of every plan.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rows import finish, row
+
+sys.path.pop(0)  # transformers would take benchmarks/kernels.py for the package `kernels`
+
+import torch
+
+from tensorpress.kernels import measured, mpo_contraction, registry
+from tensorpress.kernels.mpo_contraction import Contraction, Plan
+from tensorpress.kernels.mpo_linear import MPOLinear
+
+SIZES = ((1024, 1024), (4096, 4096), (2048, 5632))
+ROWS = (1, 128)
+ROOM = 128e6
+TOLERANCE = 1.05
+"""The share by which medians of the same work differ between turns: `never slower` is within it."""
+
+
+def factors(size: int, sites: int) -> list[int]:
+    """`sites` factors of a size, as even as can be."""
+    found = []
+    for left in range(sites, 0, -1):
+        wanted = round(size ** (1 / left))
+        one = min((d for d in range(1, size + 1) if size % d == 0), key=lambda d: abs(d - wanted))
+        found.append(one)
+        size //= one
+    return found
+
+
+def bond_for(rows: Sequence[int], columns: Sequence[int], keep: float) -> int:
+    """The bond, the same everywhere, at which the cores have at most `keep` of the matrix's numbers."""
+    whole = 1
+    for i, j in zip(rows, columns, strict=True):
+        whole *= i * j
+
+    def numbers(bond: int) -> int:
+        edges = [1, *[bond] * (len(rows) - 1), 1]
+        return sum(edges[k] * i * j * edges[k + 1] for k, (i, j) in enumerate(zip(rows, columns, strict=True)))
+
+    bond = 1
+    while numbers(bond + 1) <= keep * whole:
+        bond += 1
+    return bond
+
+
+def forms(outputs: int, inputs: int) -> dict[str, tuple[list[int], list[int]]]:
+    """Factor lists by name."""
+    return {
+        "low rank": ([outputs, 1], [1, inputs]),
+        "2 sites": (factors(outputs, 2), factors(inputs, 2)),
+        "3 sites": (factors(outputs, 3), factors(inputs, 3)),
+    }
+
+
+def timed(runs: dict[str, list[Callable[[torch.Tensor], Any]]], x: torch.Tensor, turns: int) -> dict[str, float]:
+    """Median seconds of each, in turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(turns + 1):
+        for name, copies in runs.items():
+            for run in copies:
+                began = time.perf_counter()
+                run(x)
+                if turn:
+                    seconds[name].append(time.perf_counter() - began)
+    return {name: median(times) for name, times in seconds.items()}
+
+
+def measure(quick: bool) -> list[dict[str, Any]]:
+    """All rows."""
+    rows: list[dict[str, Any]] = []
+    regrets: list[float] = []
+    for inputs, outputs in SIZES[:1] if quick else SIZES:
+        copies = max(2, min(16, round(ROOM / (2 * inputs * outputs))))
+        dense = [torch.randn(outputs, inputs).bfloat16() for _ in range(copies)]
+        for form, (i, j) in forms(outputs, inputs).items():
+            for keep in (0.5,) if quick else (0.5, 0.25):
+                bond = bond_for(i, j, keep)
+                layers = [_layer(i, j, bond) for _ in range(copies)]
+                for tokens in ROWS:
+                    x = torch.randn(tokens, inputs).bfloat16()
+                    runs: dict[str, list[Callable[[torch.Tensor], Any]]] = {"mpo": list(layers)}
+                    runs["dense"] = [lambda x, w=w: torch.nn.functional.linear(x, w) for w in dense]
+                    for layer in layers:
+                        layer(x)  # measures, or takes what was measured, and keeps it
+                    found = timed(runs, x, 3 if tokens > 1 else 9)
+                    taken = list(layers[0].__dict__["taken"].values())[-1]
+                    name = f"{inputs}x{outputs}, {form}, keep {keep}, bond {bond}, {tokens} rows"
+                    bar = None if quick else 1 / TOLERANCE
+                    rows.append(
+                        row(f"{name}: {taken}, speed against dense bf16", found["dense"] / found["mpo"], "x", bar, True)
+                    )
+                if inputs <= 1024 or quick:
+                    regrets += [_regret(layers[0], tokens) for tokens in ROWS]
+    rows.append(
+        row(
+            "the predicted plan's time over that of the fastest plan, median",
+            median(regrets),
+            "x",
+            None if quick else 1.3,
+        )
+    )
+    rows.append(row("the same, worst", max(regrets), "x", None))
+    return rows
+
+
+def _layer(i: Sequence[int], j: Sequence[int], bond: int) -> MPOLinear:
+    layer = MPOLinear(i, j, [bond] * (len(i) - 1), bias=False).to(torch.bfloat16).requires_grad_(False)
+    for core in layer.cores:
+        core.normal_(std=0.1)
+    layer.kernel = "auto"
+    return layer
+
+
+def _regret(layer: MPOLinear, tokens: int) -> float:
+    """How much slower the plan that is predicted to be best is than the one that was best, the matrix among them."""
+    x = torch.randn(tokens, layer.in_features).bfloat16()
+    shapes, cores = layer.shapes(), list(layer.cores)
+    machine = mpo_contraction.machine_of("cpu", x.dtype, torch.get_num_threads())
+    several = list(mpo_contraction.plans(len(shapes)))
+    runs: dict[str, list[Callable[[torch.Tensor], Any]]] = {str(plan): [Contraction(cores, plan)] for plan in several}
+    found = timed(runs, x, 7)
+
+    def guess(plan: Plan) -> float:
+        return mpo_contraction.predicted(shapes, plan, tokens, 2, machine)
+
+    return found[str(min(several, key=guess))] / min(found.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one shape, no bars")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    assert registry.backends("mpo_linear")
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        os.environ["TENSORPRESS_CACHE"] = folder  # what other sessions of this machine measured is not taken
+        measured._notes.cache_clear()
+        rows = measure(args.quick)
+    finish(rows, {"dtype": "bfloat16", "quick": args.quick}, args.json)
+
+
+if __name__ == "__main__":
+    main()
