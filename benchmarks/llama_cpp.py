@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import tempfile
 import time
@@ -45,19 +44,19 @@ class Peer:
 
     def __init__(self, python: Path):
         command = [str(python), "-P", str(HERE / "llama_cpp_peer.py")]
+        self.said = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, text=True
         )
-        os.set_blocking(self.process.stderr.fileno(), False)  # type: ignore[union-attr]
 
     def ask(self, **request: Any) -> Any:
-        assert self.process.stdin is not None and self.process.stdout is not None and self.process.stderr is not None
+        assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
-        said = self.process.stderr.read()  # else its pipe fills
         if not answer:
-            raise SystemExit(f"llama.cpp ended: {(said or '')[-1000:]}")
+            self.said.seek(0)
+            raise SystemExit(f"llama.cpp ended: {self.said.read().decode(errors='replace')[-1000:]}")
         return json.loads(answer)
 
 

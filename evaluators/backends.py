@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from tensorpress.evaluators.base import Progress, no_progress
-from tensorpress.evaluators.reading import CompiledReader, Reader, TransformersReader, room_for
+from tensorpress.evaluators.reading import CompiledReader, Reader, TransformersReader, compiled_reader
 from tensorpress.evaluators.speed import resident_bytes
 from tensorpress.kernels import cpu_linear, registry
-from tensorpress.kernels.decoder import refusal
 from tensorpress.kernels.mpo_linear import MPOLinear
 from tensorpress.kernels.quantized_linear import QuantizedLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SLOW = ("unpacked",)
-"""Backends that are for measuring quality and not for serving: measured by name only."""
+SLOW = ("unpacked", "dense", "reference")
+"""Backends that are for measuring quality and not for serving: measured by name, or where there is no other."""
 
 
 @dataclass
@@ -45,17 +45,17 @@ class Backend:
                 known = registry.backends(registry.operation_of(module) or "")
                 module.kernel = self.name if self.name in known else "auto"
 
-    def weight_bytes(self) -> int:
-        """Bytes of linear layers that decoding one token reads."""
+    def weight_bytes(self, rows: int) -> int:
+        """Bytes of linear layers that decoding a token of `rows` texts reads."""
         if isinstance(self.reader, CompiledReader):
             return self.reader.decoder.nbytes
-        return sum(self._read_by(module) for module in self.model.modules())
-
-    def _read_by(self, module: nn.Module) -> int:
-        if not isinstance(module, (QuantizedLinear, MPOLinear, nn.Linear)):
-            return 0
-        kept = 0 if isinstance(module, nn.Linear) else module.kept_bytes([self.name])
-        return kept or sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+        found = 0
+        for module in self.model.modules():
+            if isinstance(module, (MPOLinear, QuantizedLinear)):
+                found += module.read_bytes(rows)
+            elif isinstance(module, (nn.Linear, Conv1D)):
+                found += sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+        return found
 
     def peak_bytes(self) -> int:
         """Bytes of weights: the model's, and what this backend keeps beside them."""
@@ -63,7 +63,14 @@ class Backend:
         own = resident_bytes(self.model) - sum(layer.kept_bytes() for layer in layers)
         if isinstance(self.reader, CompiledReader):
             return own + self.reader.kept_bytes
-        return own + sum(layer.kept_bytes([self.name]) for layer in layers)
+        return own + sum(layer.kept_bytes(_names(layer)) for layer in layers)
+
+
+def _names(layer: MPOLinear | QuantizedLinear) -> set[str]:
+    """The backends that compute a layer: the one that is named, or what was taken for sizes of batch."""
+    operation = registry.operation_of(layer) or ""
+    backend = registry.named(operation, layer)
+    return {backend.name} if backend else set(layer.__dict__.get("taken", {}).values())
 
 
 def backends_of(model: PreTrainedModel, of: str, kernels: str, batches: Sequence[int], places: int) -> list[Backend]:
@@ -78,27 +85,16 @@ def backends_of(model: PreTrainedModel, of: str, kernels: str, batches: Sequence
         found |= {
             name: None
             for name, backend in registry.backends(operation).items()
-            if of_it
-            and all(map(backend.can_run, of_it))
-            and (kernels == name or (kernels == "auto" and name not in SLOW))
+            if of_it and all(map(backend.can_run, of_it)) and kernels in (name, "auto")
         }
-    names = list(found) if layers else ["torch"]
+    names = [name for name in found if name not in SLOW] or list(found) if layers else ["torch"]
     made = [Backend(name, of, model, TransformersReader(model), batches) for name in names]
-    if 1 not in batches or refusal(model, places) is not None or room_for(model) > _free() / 2:
-        return made
-    for mode in cpu_linear.MODES:
-        if kernels in ("auto", mode) or not layers:
-            try:
-                made.append(Backend(mode, of, model, CompiledReader(model, mode, places), [1]))
-            except (ValueError, MemoryError):
-                break
+    modes = list(cpu_linear.MODES) if layers else ["cpu"]  # bf16 is multiplied as it is in both
+    for mode in modes if 1 in batches else []:
+        reader = compiled_reader(model, mode, places) if kernels in ("auto", mode) else None
+        if reader is not None:
+            made.append(Backend(mode, of, model, reader, [1]))
     return made
-
-
-def _free() -> int:
-    import psutil
-
-    return int(psutil.virtual_memory().available)
 
 
 def time_once(reader: Reader, prompts: torch.Tensor, new_tokens: int) -> tuple[float, list[float]]:
@@ -158,7 +154,7 @@ def measure(
 def _row(
     backend: Backend, batch: int, length: int, reads: list[float], decodes: list[float], bandwidth: float | None
 ) -> dict[str, Any]:
-    rate = backend.weight_bytes() / median(decodes)
+    rate = backend.weight_bytes(batch) / median(decodes)
     return {
         "of": backend.of,
         "backend": backend.name,

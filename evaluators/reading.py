@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any, Protocol
 
-import psutil
 import torch
 from torch import nn
 
 from tensorpress.kernels import cpu_linear, registry
 from tensorpress.kernels.decoder import Decoder, refusal
 from tensorpress.kernels.quantized_linear import QuantizedLinear
+from tensorpress.loading import free_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,14 +93,21 @@ class CompiledReader:
         counts: dict[str, int] = {}
         for name, count in registry.names_in_use(self.decoder.model).items():
             operation = name.partition(":")[0]
-            counts[f"{operation}:{self.mode}"] = counts.get(f"{operation}:{self.mode}", 0) + count
+            mode = self.mode if operation == "quantized_linear" else "cpu"  # bf16 is multiplied as it is in both modes
+            counts[f"{operation}:{mode}"] = counts.get(f"{operation}:{mode}", 0) + count
         return counts
 
 
-def room_for(model: PreTrainedModel) -> int:
-    """Bytes of the weights that a compiled decoder of the model keeps beside it, at most."""
+def room_for(model: PreTrainedModel, places: int) -> int:
+    """Bytes of the weights, keys and values that a compiled decoder of the model keeps beside it, about."""
     linears = (module for module in model.modules() if isinstance(module, (nn.Linear, QuantizedLinear)))
-    return sum(layer.in_features * layer.out_features * getattr(layer, "bits", 16) // 8 for layer in linears) * 9 // 8
+    weights = (
+        sum(layer.in_features * layer.out_features * getattr(layer, "bits", 16) // 8 for layer in linears) * 9 // 8
+    )
+    config = model.config
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shared = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return weights + 2 * config.num_hidden_layers * shared * head * places * model.dtype.itemsize
 
 
 def reader_for(model: PreTrainedModel, kernels: str, places: int) -> Reader:
@@ -113,9 +120,14 @@ def reader_for(model: PreTrainedModel, kernels: str, places: int) -> Reader:
     mode = "cpu" if asked == "auto" else asked
     if mode not in cpu_linear.MODES or (asked == "auto" and cpu_linear.instructions() not in ("avx2", "avx512")):
         return TransformersReader(model)
-    if refusal(model, places) is not None or room_for(model) > psutil.virtual_memory().available / 2:
-        return TransformersReader(model)
+    return compiled_reader(model, mode, places) or TransformersReader(model)
+
+
+def compiled_reader(model: PreTrainedModel, mode: str, places: int) -> CompiledReader | None:
+    """The compiled decoder for texts of at most `places` tokens; None where it cannot run the model, or half the free memory is too little."""
+    if refusal(model, places) is not None or room_for(model, places) > free_bytes(model.device) / 2:
+        return None
     try:
         return CompiledReader(model, mode, places)
-    except (ValueError, MemoryError):
-        return TransformersReader(model)
+    except (ValueError, MemoryError, RuntimeError):  # torch has no MemoryError
+        return None

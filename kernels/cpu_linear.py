@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from tensorpress.kernels import registry
+from tensorpress.kernels.origin import Origin
 
 if TYPE_CHECKING:
     from tensorpress.kernels.quantized_linear import QuantizedLinear
@@ -28,6 +29,8 @@ LONGEST = 512
 """Inputs that share a scale at most: longer groups are cut, so that 8-bit inputs get a scale for each piece."""
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MODES = {"cpu_int8": 1, "cpu": 0}
+WORTH_A_THREAD = 1 << 18
+"""As in kernels/cpu/api.cpp."""
 
 
 class Weights(ctypes.Structure):
@@ -77,6 +80,7 @@ def compiled() -> ctypes.CDLL | None:
     code.tp_pack.argtypes = [ctypes.POINTER(Weights), *[ctypes.c_void_p] * 4, ctypes.c_int32, ctypes.c_int]
     code.tp_read.argtypes, code.tp_read.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int], ctypes.c_uint64
     code.tp_decode.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p, ctypes.c_int]
+    code.tp_limit_threads.argtypes = [ctypes.c_int64]
     code.tp_use_pool.argtypes = [ctypes.c_void_p]
     code.tp_use_pool(_torch_threads())
     return code
@@ -99,6 +103,13 @@ def read_bandwidth(megabytes: int = 512, repeats: int = 9) -> float:
         code.tp_read(room.data_ptr(), room.nbytes, torch.get_num_threads())
         seconds.append(time.perf_counter() - began)
     return room.nbytes / statistics.median(seconds)
+
+
+def limit_threads(work: int = WORTH_A_THREAD) -> None:
+    """Use a thread for each so many multiply-adds or bytes of one product, 0 for all threads always; for tests."""
+    code = compiled()
+    assert code is not None
+    code.tp_limit_threads(work)
 
 
 def limit_instructions(name: str) -> None:
@@ -187,10 +198,9 @@ def _address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _state(layer: QuantizedLinear) -> tuple[tuple[int, int], ...]:
+def _state(layer: QuantizedLinear) -> Origin:
     """What changes when a weight of the layer is replaced or written to."""
-    tensors = (layer.qweight, layer.qzeros, layer.scales, layer.g_idx, layer.bias)
-    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors if t is not None)
+    return Origin((layer.qweight, layer.qzeros, layer.scales, layer.g_idx, layer.bias))
 
 
 def _zero_points(layer: QuantizedLinear) -> torch.Tensor:

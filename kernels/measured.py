@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 REPEATS = 3
 HOPELESS = 3.0
-"""A backend whose first run takes this many times the best of another is not run again."""
+"""A backend whose second run takes this many times the best of another is not run again."""
 BATCHES = (1, 8, 64, 512)
 """Rows up to which a choice holds; beyond the last there is one for all."""
 _lock = threading.RLock()
@@ -80,9 +80,9 @@ def _measure(candidates: Sequence[Backend], layer: Any, x: torch.Tensor) -> dict
             runs: list[float] = []
             for _ in range(REPEATS + 1):
                 runs.append(_time(backend, layer, x))
-                if runs[-1] > HOPELESS * best:
+                if len(runs) > 1 and runs[-1] > HOPELESS * best:
                     break
-            seconds[backend.name] = min(runs[1:] or runs)
+            seconds[backend.name] = min(runs[1:])  # in the first it makes what it keeps
     finally:
         _measuring.now = False
     return seconds

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Literal
 
 import torch
 
+Multiply = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""[p, q] times each of [batch, q, columns]."""
 Shape = tuple[int, int, int, int]
 """(left bond, outputs, inputs, right bond) of a site."""
 
@@ -156,8 +158,9 @@ class Contraction:
     def nbytes(self) -> int:
         return sum(matrix.nbytes for matrix in self.matrices)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """W x for x [..., inputs]; the result is [..., outputs]."""
+    def __call__(self, x: torch.Tensor, multiply: Multiply | None = None) -> torch.Tensor:
+        """W x for x [..., inputs]; the result is [..., outputs]. `multiply` does the steps' products, in place of torch."""
+        multiply = multiply or _multiply
         rows = x.numel() // x.shape[-1] if x.numel() else 0
         left_to_right = self.plan.side == "left"
         order = list(zip(self.matrices, self.shapes, strict=True))
@@ -166,7 +169,7 @@ class Contraction:
         for matrix, (_, i, j, _) in order if left_to_right else reversed(order):
             inputs //= j
             batch, columns = (rows * outputs, inputs) if left_to_right else (rows * inputs, outputs)
-            state = _multiply(matrix, state.reshape(batch, matrix.shape[1], columns))
+            state = multiply(matrix, state.reshape(batch, matrix.shape[1], columns))
             outputs *= i
         return state.reshape(*x.shape[:-1], outputs)
 

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from tensorpress.kernels import mpo_contraction, registry
-from tensorpress.kernels.measured import BATCHES
-from tensorpress.kernels.mpo_contraction import Contraction, Plan, Shape, merge
+from tensorpress.kernels.measured import BATCHES, batch_of
+from tensorpress.kernels.mpo_contraction import Contraction, Multiply, Plan, Shape, merge
+from tensorpress.kernels.origin import Origin
 
 
 def mpo_to_matrix(cores: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -81,7 +82,7 @@ class MPOLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(self.out_features)) if bias else None
         self.kernel = "reference"
         """What computes it; `auto` in a model that was opened from a folder."""
-        self.kept: dict[str, tuple[object, Contraction | torch.Tensor]] = {}
+        self.kept: dict[str, tuple[Origin, Contraction | torch.Tensor]] = {}
         """What kernels keep, and the cores that it was made of: `matrix`, and the contractions of `chain` by size of batch."""
 
     @classmethod
@@ -108,12 +109,31 @@ class MPOLinear(nn.Module):
 
     def kept_bytes(self, names: Collection[str] | None = None) -> int:
         """Bytes that kernels keep beside the cores: those of these names, or all; what two sizes of batch share counts once."""
-        found = [made for key, (_, made) in self.kept.items() if names is None or key.partition(" ")[0] in names]
-        return sum(made.nbytes for made in {id(made): made for made in found}.values())
+        tensors: dict[int, int] = {}
+        for key, (origin, made) in self.kept.items():
+            if names is None or key.partition(" ")[0] in _keepers(names):
+                for tensor in made.matrices if isinstance(made, Contraction) else [made]:
+                    if not origin.shares(tensor):  # a core by itself is only looked at differently
+                        tensors[tensor.data_ptr()] = tensor.nbytes
+        return sum(tensors.values())
+
+    def read_bytes(self, rows: int) -> int:
+        """Bytes of weights that the kernel in use reads for so many rows."""
+        name = registry.in_use("mpo_linear", self, rows)
+        made = self.kept.get("matrix" if name == "matrix" else f"chain {batch_of(rows)}", (None, None))[1]
+        if name in ("matrix", "chain", "triton") and made is not None:
+            return made.nbytes
+        return sum(core.nbytes for core in self.cores)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MPOLinear:
+        """Move with the model; what kernels keep is made anew."""
+        self.release()
+        super()._apply(fn, recurse)
+        return self
 
     def release(self, names: Collection[str] = ()) -> None:
         """Drop what kernels other than these keep."""
-        self.kept = {key: value for key, value in self.kept.items() if key.partition(" ")[0] in names}
+        self.kept = {key: value for key, value in self.kept.items() if key.partition(" ")[0] in _keepers(names)}
 
     def kernel_key(self) -> str:
         """What the speed of its kernels depends on."""
@@ -162,22 +182,29 @@ def mpo_linear_matrix(layer: MPOLinear, x: torch.Tensor) -> torch.Tensor:
     return nn.functional.linear(x, matrix, layer.bias)
 
 
-def mpo_linear_chain(layer: MPOLinear, x: torch.Tensor) -> torch.Tensor:
+def mpo_linear_chain(layer: MPOLinear, x: torch.Tensor, multiply: Multiply | None = None) -> torch.Tensor:
     """The cores one after the other, grouped and ordered as is predicted to be fastest for so many inputs (`mpo_contraction`)."""
     if _learns(layer, x):
         return mpo_linear_reference(layer, x)
     rows = x.numel() // x.shape[-1]
-    plan, size = plan_for(layer, rows, x.dtype), next((most for most in BATCHES if rows <= most), "more")
+    plan, size = plan_for(layer, rows, x.dtype), batch_of(rows)
     cores = list(layer.cores)
 
     def made() -> Contraction:
         known = (one for _, one in layer.kept.values() if isinstance(one, Contraction) and one.plan == plan)
-        return next((one for one in known if one.made_of == _state(layer)), None) or Contraction(
-            cores, plan, _state(layer)
+        return next((one for one in known if one.made_of == Origin(layer.cores)), None) or Contraction(
+            cores, plan, Origin(layer.cores)
         )
 
-    y: torch.Tensor = _kept(layer, f"chain {size}", made)(x)
+    y: torch.Tensor = _kept(layer, f"chain {size}", made)(x, multiply)
     return y if layer.bias is None else y + layer.bias
+
+
+def mpo_linear_triton(layer: MPOLinear, x: torch.Tensor) -> torch.Tensor:
+    """The same by Triton, which reads and writes each step's operands where they lie."""
+    from tensorpress.kernels import triton_linear
+
+    return mpo_linear_chain(layer, x, triton_linear.chain_step)
 
 
 def plan_for(layer: MPOLinear, rows: int, dtype: torch.dtype) -> Plan:
@@ -192,7 +219,7 @@ def plan_for(layer: MPOLinear, rows: int, dtype: torch.dtype) -> Plan:
 
 def _kept(layer: MPOLinear, key: str, make: Callable[[], Any]) -> Any:
     """What was made of the cores as they are, made anew if they changed."""
-    state, (made_of, made) = _state(layer), layer.kept.get(key, (None, None))
+    state, (made_of, made) = Origin(layer.cores), layer.kept.get(key, (None, None))
     if made_of != state:
         with torch.no_grad():
             made = make()
@@ -204,17 +231,17 @@ def _kept(layer: MPOLinear, key: str, make: Callable[[], Any]) -> Any:
     return made
 
 
-def _state(layer: MPOLinear) -> tuple[tuple[int, int], ...]:
-    """What changes when a core is replaced or written to."""
-    return tuple((core.data_ptr(), 0 if core.is_inference() else core._version) for core in layer.cores)
-
-
 def _learns(layer: MPOLinear, x: torch.Tensor) -> bool:
     """Whether gradients are asked for, which what is kept has not; or another precision, which it would have to be made for."""
     core = layer.cores[0]
     return (
         x.dtype != core.dtype or x.numel() == 0 or (torch.is_grad_enabled() and (x.requires_grad or core.requires_grad))
     )
+
+
+def _keepers(names: Collection[str]) -> set[str]:
+    """The backends of these names, as what is kept is named: `triton` works on what `chain` keeps."""
+    return {"chain" if name == "triton" else name for name in names}
 
 
 def _matrix_room(layer: MPOLinear) -> int:
@@ -224,4 +251,12 @@ def _matrix_room(layer: MPOLinear) -> int:
 registry.register("mpo_linear", "dense", mpo_linear_dense, automatic=False)
 registry.register("mpo_linear", "matrix", mpo_linear_matrix, room=_matrix_room)
 registry.register("mpo_linear", "chain", mpo_linear_chain, lambda layer: len(layer.cores) > 1, room=_matrix_room)
+registry.register(
+    "mpo_linear",
+    "triton",
+    mpo_linear_triton,
+    lambda layer: len(layer.cores) > 1 and registry.triton_runs(layer.cores[0]),
+    automatic=torch.cuda.is_available(),
+    room=_matrix_room,
+)
 registry.register("mpo_linear", "reference", mpo_linear_reference)

@@ -136,6 +136,15 @@ class QuantizedLinear(nn.Module):
             self.unpacked[1].nbytes if self.unpacked is not None and unpacked else 0
         )
 
+    def read_bytes(self, rows: int) -> int:
+        """Bytes of weights that the kernel in use reads for so many rows."""
+        name = registry.in_use("quantized_linear", self, rows)
+        if name in cpu_linear.MODES and self.packed is not None:
+            return int(self.packed.nbytes)
+        if name == "unpacked" and self.unpacked is not None:
+            return self.unpacked[1].nbytes
+        return sum(buffer.nbytes for buffer in self.buffers())
+
     def release(self, names: Collection[str] = ()) -> None:
         """Drop what kernels other than these keep."""
         if not any(name in cpu_linear.MODES for name in names):
@@ -167,6 +176,15 @@ def quantized_linear_unpacked(layer: QuantizedLinear, x: torch.Tensor) -> torch.
     return nn.functional.linear(x, kept[1], bias)
 
 
+def quantized_linear_triton(layer: QuantizedLinear, x: torch.Tensor) -> torch.Tensor:
+    """By Triton on a GPU, from the layout as it is stored; by the reference where gradients or another precision are asked for."""
+    if x.dtype not in cpu_linear.TYPES or (torch.is_grad_enabled() and x.requires_grad):
+        return quantized_linear_reference(layer, x)
+    from tensorpress.kernels import triton_linear
+
+    return triton_linear.quantized_linear(layer, x)
+
+
 def _dense_room(layer: QuantizedLinear) -> int:
     """Integers, weights and their products on the way to the dense weight."""
     return 12 * layer.in_features * layer.out_features
@@ -182,6 +200,13 @@ def _packed_room(layer: QuantizedLinear) -> int:
 registry.register("quantized_linear", "cpu", partial(cpu_linear.run, "cpu"), cpu_linear.can_run, room=_packed_room)
 registry.register(
     "quantized_linear", "cpu_int8", partial(cpu_linear.run, "cpu_int8"), cpu_linear.can_run, automatic=False
+)
+registry.register(
+    "quantized_linear",
+    "triton",
+    quantized_linear_triton,
+    lambda layer: registry.triton_runs(layer.qweight),
+    automatic=torch.cuda.is_available(),
 )
 registry.register("quantized_linear", "unpacked", quantized_linear_unpacked, automatic=False)
 registry.register("quantized_linear", "reference", quantized_linear_reference, room=_dense_room)

@@ -7,6 +7,7 @@ TENSORPRESS_KERNELS takes the place of `auto`. `names_in_use` tells a speed figu
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,6 +63,12 @@ def operations() -> list[str]:
 def asked_for() -> str:
     """What the environment puts in the place of `auto`; `auto` if nothing."""
     return os.environ.get(VARIABLE) or "auto"
+
+
+def triton_runs(tensor: torch.Tensor) -> bool:
+    """Whether Triton is installed and can compute on a tensor: on a GPU, or anywhere in its interpreter (TRITON_INTERPRET=1)."""
+    there = tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    return there and importlib.util.find_spec("triton") is not None
 
 
 def named(operation: str, layer: Any) -> Backend | None:
@@ -138,6 +145,16 @@ def _name(operation: str, layer: Any) -> str:
     several = candidates(operation, layer)
     taken = [several[0].name] if len(several) == 1 else layer.__dict__.get("taken", {}).values()
     return "+".join(sorted(set(taken))) or "auto"
+
+
+def in_use(operation: str, layer: Any, rows: int) -> str:
+    """The backend that computed so many rows last; the one that would be measured first where none did. Raises ValueError as `named`."""
+    backend = named(operation, layer)
+    if backend is not None:
+        return backend.name
+    batch = measured.batch_of(rows)
+    taken = [name for call, name in layer.__dict__.get("taken", {}).items() if call[0] == batch]
+    return taken[-1] if taken else candidates(operation, layer)[0].name
 
 
 def operation_of(module: nn.Module) -> str | None:

@@ -268,13 +268,13 @@ def use_quick_kernels(model: nn.Module) -> None:
     """For measuring quality: keep dequantized weights in memory where there is plenty, which changes no number."""
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     dense = 4 * sum(layer.in_features * layer.out_features for layer in layers)
-    use_kernels(model, "unpacked" if dense < _free_bytes(model.device) / 4 else "reference")
+    use_kernels(model, "unpacked" if dense < free_bytes(model.device) / 4 else "reference")
     for module in model.modules():
         if isinstance(module, MPOLinear):
             module.kernel = "reference"
 
 
-def _free_bytes(device: Any) -> int:
+def free_bytes(device: Any) -> int:
     """Memory that is free where a model lies."""
     if getattr(device, "type", "cpu") == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])

@@ -171,6 +171,9 @@ uint64_t tp_read(const void *data, int64_t bytes, int threads) {
     return reading.sum;
 }
 
+// What is worth a thread, for tests: 0 uses all threads for everything.
+void tp_limit_threads(int64_t work) { tp_worth_a_thread = work; }
+
 // The highest instruction set to use, for tests: 0 portable, 1 AVX2, 2 AVX-512.
 void tp_limit(int level) { highest = level; }
 
@@ -187,6 +190,8 @@ int tp_pack(const struct tp_weights *w, const int32_t *words, const int32_t *zer
 // y = x W^T + b. Returns 0, or -1 when memory is short.
 int tp_linear(const struct tp_call *call, int threads) { return tp_multiply(call, 1, threads); }
 }
+
+int64_t tp_worth_a_thread = (int64_t)1 << 18;
 
 const struct tp_kernels *tp_set(void) {
 #if defined(__x86_64__)

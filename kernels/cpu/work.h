@@ -16,8 +16,10 @@ struct tp_task {
 const struct tp_kernels *tp_set(void);
 
 // At most one thread for so many multiply-adds or bytes: waking one, and waiting for it, takes microseconds, and more where others work, too.
-#define TP_WORTH_A_THREAD ((int64_t)1 << 18)
-inline int tp_threads_for(int64_t work, int threads) { return work / TP_WORTH_A_THREAD + 1 < threads ? (int)(work / TP_WORTH_A_THREAD) + 1 : threads; }
+extern int64_t tp_worth_a_thread;
+inline int tp_threads_for(int64_t work, int threads) {
+    return tp_worth_a_thread > 0 && work / tp_worth_a_thread + 1 < threads ? (int)(work / tp_worth_a_thread) + 1 : threads;
+}
 
 // Do all pieces of a task. Returns 0, or -1 when memory is short.
 int tp_spread(struct tp_task *task, int threads);

@@ -41,6 +41,11 @@ DtypeOption = Annotated[
 KernelsOption = Annotated[str, typer.Option("--kernels", help="`auto`, or a backend's name.")]
 
 MOST_TEXTS = 1024
+PLAIN = {
+    "transformers_version", "_from_model_config", "bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p",
+    "use_cache", "max_length", "max_new_tokens", "output_attentions", "output_hidden_states",
+}  # fmt: skip
+"""Settings of generation that `generate` has options for, or that change no text."""
 PLANNED = ("gguf", "compressed-tensors", "onnx")
 """Formats that export will know and does not yet."""
 
@@ -193,7 +198,7 @@ def generate(
 
     from tensorpress.checks import read_config
     from tensorpress.evaluators.perplexity import position_limit
-    from tensorpress.evaluators.reading import reader_for
+    from tensorpress.evaluators.reading import COMPILED, reader_for
     from tensorpress.loading import load
     from tensorpress.source import read_tokenizer
     from tensorpress.tasks.bench import check_model, check_runs
@@ -213,14 +218,45 @@ def generate(
     if encoded.shape[1] + tokens > limit:
         raise InputError(f"--tokens {tokens}: the text has {encoded.shape[1]} tokens, and {model} takes {limit} in all")
     ids = encoded.long()
-    reader = reader_for(opened, kernels, ids.shape[1] + tokens)
+    reader = reader_for(opened, kernels, ids.shape[1] + tokens) if _is_plain(opened) else None
+    if reader is not None and reader.runner == COMPILED:
+        _write(opened, reader, ids, tokens, temperature, seed, _streamer(tokenizer))
+        return
+    torch.manual_seed(seed)
+    drawn = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        if temperature
+        else {"do_sample": False}
+    )
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    generator: Any = opened
+    with torch.no_grad():
+        generator.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            pad_token_id=0 if padding is None else padding,
+            streamer=_streamer(tokenizer),
+            **drawn,
+        )
+
+
+def _is_plain(model: Any) -> bool:
+    """Whether a model's own settings of generation ask for nothing but drawing and its end: no penalties, no words left out."""
+    return set(model.generation_config.to_diff_dict()) <= PLAIN
+
+
+def _write(model: Any, reader: Any, ids: Any, tokens: int, temperature: float, seed: int, streamer: Any) -> None:
+    """Let a reader go on from `ids` [1, length], token by token, until the text ends or has so many more."""
+    import torch
+
     drawn = torch.Generator().manual_seed(seed)
-    end = _end_tokens(opened)
-    streamer = _streamer(tokenizer)
+    value = model.generation_config.eos_token_id
+    end = {value} if isinstance(value, int) else set(value or ())
     streamer.put(ids[0])
     logits = reader.read(ids)
     for left in range(tokens - 1, -1, -1):
-        token = _next(logits[0].float().cpu(), temperature, drawn)
+        token = _next(logits[0], temperature, drawn)
         streamer.put(torch.tensor([token]))
         if token in end or not left:
             break
@@ -235,12 +271,6 @@ def _next(logits: Any, temperature: float, drawn: Any) -> int:
     if not temperature:
         return int(logits.argmax())
     return int(torch.multinomial((logits.double() / temperature).softmax(0), 1, generator=drawn))
-
-
-def _end_tokens(model: Any) -> set[int]:
-    """The tokens that end a text."""
-    value = getattr(model.generation_config, "eos_token_id", None)
-    return set() if value is None else set(value) if isinstance(value, (list, tuple)) else {value}
 
 
 def export(

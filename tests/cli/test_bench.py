@@ -50,7 +50,11 @@ def test_bench_by_backend(call, refused, original, plain, store, work):
     assert code == 0 and "by" in out and "of reading" in out
     rows = json.loads((work / "b.json").read_text())["backends"]
     assert {row["batch"] for row in rows} == {1, 2} and {row["of"] for row in rows} == {"model", "original"}
-    assert {"reference", "torch"} <= {row["backend"] for row in rows}
+    assert {row["backend"] for row in rows if row["of"] == "original"} >= {"torch"}
+    assert all(row["decode_tokens_per_second"] > 0 for row in rows)
+    assert call(*asked, "--batch", "1", "--kernels", "reference", "--store", store, "--json", "b.json")[0] == 0
+    rows = json.loads((work / "b.json").read_text())["backends"]
+    assert {row["backend"] for row in rows if row["of"] == "model"} == {"reference"}
     assert call(*asked, "--batch", "0", "--store", store, "--json", "b.json")[0] == 0
     assert "backends" not in json.loads((work / "b.json").read_text())
     for text in ("", "a", "1;2", "-1", "2000", "1.5"):

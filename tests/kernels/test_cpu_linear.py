@@ -192,6 +192,7 @@ import os, torch
 from tensorpress.kernels import cpu_linear, registry
 from tensorpress.kernels.quantized_linear import QuantizedLinear
 torch.set_num_threads(2)
+cpu_linear.limit_threads(0)
 index = torch.arange(256) // 64
 layer = QuantizedLinear.from_integers(
     torch.randint(0, 16, (256, 200)), torch.full((4, 200), 8), torch.rand(4, 200), index, 4, 64, None
@@ -276,3 +277,30 @@ def test_sanitizers_find_nothing(tmp_path_factory, level):
         subprocess.run(["g++", *flags, f"-I{SOURCES}", *sources, main, "-o", str(program)], check=True, timeout=300)
     ended = subprocess.run([str(program), level], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0 and ended.stdout.startswith("calls"), ended.stderr[-2000:]
+
+
+def test_small_products_are_not_worth_a_thread(seed):
+    code, asked = cpu_linear.compiled(), []
+
+    @ctypes.CFUNCTYPE(None, ctypes.CFUNCTYPE(None, ctypes.c_void_p), ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    def pool(run, data, threads, _flags):
+        asked.append(threads)
+        run(data)  # one that takes all pieces
+
+    layers = [make(inputs, outputs, 64, 4) for inputs, outputs in ((64, 64), (1024, 1024))]
+    before = torch.get_num_threads()
+    try:
+        code.tp_use_pool(pool)
+        for work, expected in ((0, [True, True]), (cpu_linear.WORTH_A_THREAD, [False, True])):
+            cpu_linear.limit_threads(work)
+            for layer, threads in zip(layers, expected, strict=True):
+                asked.clear()
+                x = torch.randn(3, layer.in_features)
+                torch.set_num_threads(3)
+                y = cpu_linear.packed(layer)(x, cpu_linear.MODES["cpu"])
+                assert bool(asked) == threads and set(asked) <= {2, 3}
+                wanted = oracle(layer, x)
+                assert ((y - wanted).norm() / wanted.norm()) < 1e-4
+    finally:
+        torch.set_num_threads(before)
+        code.tp_use_pool(cpu_linear._torch_threads())

@@ -130,6 +130,7 @@ def test_gradients_reach_the_cores_of_a_first_layer(layer, kernel):
 def test_another_precision_goes_through_the_reference(layer):
     with pytest.raises(RuntimeError):  # as a dense layer
         mpo_linear_chain(layer, torch.randn(3, 10))
+    assert not layer.kept
 
 
 def test_the_plan_of_a_layer_is_of_its_size_of_batch(layer):
