@@ -192,7 +192,18 @@ def test_who_imports_what(library, allowed):
 def test_the_library_names_nothing_of_the_workflow():
     """compressors/, evaluators/ and kernels/ run where nothing of the workflow is installed."""
     allowed = set(sys.stdlib_module_names)
-    allowed |= {"torch", "transformers", "safetensors", "numpy", "tensorly", "pydantic", "yaml", "tensorpress", "scipy", "triton"}
+    allowed |= {
+        "torch",
+        "transformers",
+        "safetensors",
+        "numpy",
+        "tensorly",
+        "pydantic",
+        "yaml",
+        "tensorpress",
+        "scipy",
+        "triton",
+    }
     for file in sources("compressors", "evaluators", "kernels"):
         foreign = {name.split(".")[0] for name in imported(file)} - allowed
         assert not foreign, f"{file.relative_to(ROOT)}: {foreign}"
