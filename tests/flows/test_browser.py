@@ -136,7 +136,7 @@ def _open_run(page: Any, link: str) -> None:
 def _select_branches(page: Any, metrics: dict[str, dict[str, float]]) -> None:
     """Switch columns on, open the run in the table, see its branches with their figures, and tick them."""
     shown = {"perplexity_ratio": "metrics", "size_ratio": "metrics", "gptq.bits": "params"}
-    page.get_by_role("button", name="Columns").click()
+    page.get_by_role("button", name="Columns", exact=True).click()
     for name in shown:
         page.get_by_placeholder("Search columns").fill(name)
         found = page.get_by_test_id("column-selector-tree").locator("[class$=tree-title]")
