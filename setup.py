@@ -14,7 +14,7 @@ FLAGS = ["-std=c++17", "-O3", "-fno-exceptions", "-fno-rtti", "-Wno-uninitialize
 
 native = Extension(
     "tensorpress.kernels.libcpu",
-    sources=[f"kernels/cpu/{name}.cpp" for name in ("api", "avx2", "avx512", "decoder", "portable")],
+    sources=[f"kernels/cpu/{name}.cpp" for name in ("api", "avx2", "avx512", "avxvnni", "decoder", "portable")],
     depends=sorted(map(str, Path("kernels/cpu").glob("*"))),
     extra_compile_args=FLAGS,
     language="c++",

@@ -1,12 +1,7 @@
 // AVX-512 with VNNI and BF16 (Zen 4, Cooper Lake, Sapphire Rapids and later).
 #if defined(__x86_64__)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16"))), apply_to = function)
-#else
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")
-#endif
-#include <immintrin.h>
-
+#include "target.h"
+TP_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")
 #include "linear.h"
 #define TP_UNROLL _Pragma("GCC unroll 16")
 
@@ -75,7 +70,7 @@ struct Set {
         if ((u.bits & 0x7fffffffu) > 0x7f800000u) return (uint16_t)((u.bits >> 16) | 0x40u);
         return (uint16_t)((u.bits + 0x7fffu + ((u.bits >> 16) & 1u)) >> 16);
     }
-    static Pair pair(float first, float second) { return rounded_bits(first) | (uint32_t)rounded_bits(second) << 16; }
+    template <int bits> static Pair pair(float first, float second, int) { return rounded_bits(first) | (uint32_t)rounded_bits(second) << 16; }
     static float rounded(float value) {
         union { uint32_t bits; float value; } u = {(uint32_t)rounded_bits(value) << 16};
         return u.value;
@@ -124,12 +119,12 @@ template <> struct Set::Planes<16> {
     Halves halves(int plane) const { return _mm512_load_si512(data + 64 * plane); }
 };
 
-#include "linear.inc"
+#include "inputs.inc"
+#include "loops.inc"
+#include "dispatch.inc"
 
 } // namespace
 
 extern "C" const struct tp_kernels tp_avx512 = {"avx512", sizeof(Set::Pair), Set::most_rows, true, prepare, work, &vector};
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
+TP_TARGET_END
 #endif

@@ -91,6 +91,7 @@ extern "C" {
 extern const struct tp_kernels tp_portable;
 #if defined(__x86_64__)
 extern const struct tp_kernels tp_avx2;
+extern const struct tp_kernels tp_avxvnni;
 extern const struct tp_kernels tp_avx512;
 #endif
 }

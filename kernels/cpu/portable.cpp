@@ -5,7 +5,9 @@
 namespace {
 #include "lanes.inc"
 using Set = Lanes;
-#include "linear.inc"
+#include "inputs.inc"
+#include "loops.inc"
+#include "dispatch.inc"
 Lanes::Float Lanes::halves_to_float(const uint16_t *half) {
     Float out;
     for (int i = 0; i < TP_LANES; ++i) out.lane[i] = half_to_float(half[i]);
