@@ -99,7 +99,8 @@ class Model:
 
     def _read(self, tokens: list[int]) -> int:
         """The likeliest token after those."""
-        batch = llama_cpp.llama_batch_get_one((llama_cpp.llama_token * len(tokens))(*tokens), len(tokens))
+        kept = (llama_cpp.llama_token * len(tokens))(*tokens)  # the batch points to it
+        batch = llama_cpp.llama_batch_get_one(kept, len(tokens))
         if llama_cpp.llama_decode(self.context, batch):
             raise SystemExit("llama.cpp could not decode")
         logits = llama_cpp.llama_get_logits_ith(self.context, -1)
