@@ -3,7 +3,8 @@
     python benchmarks/decoder.py --json out.json            # about five minutes on two cores, 6 GB
     python benchmarks/decoder.py --quick --json out.json    # a small one; no bars
 
-Linear layers have 4 bits in groups of 128, the head 8 bits. Prompts of 128 tokens, 32 tokens decoded greedily, in turns, medians.
+Linear layers have 4 bits in groups of 128, the head 8 bits. Prompts of 128 tokens, 32 tokens decoded greedily, in turns, medians. How long it
+takes from the model's folder to the first token is measured in fresh processes (decoder_load.py).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from decoder_load import load_and_repack
 from rows import finish, row
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -38,6 +40,7 @@ SIZES = {
 }
 SMALL = {**SIZES, "vocab_size": 1000, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 2}
 PROMPT, TOKENS = 128, 32
+GROUP = 128
 
 
 def random_model(sizes: dict[str, int]) -> PreTrainedModel:
@@ -46,18 +49,19 @@ def random_model(sizes: dict[str, int]) -> PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=1024)).to(torch.bfloat16).eval()
 
 
-def quantized(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy with layers of random integers."""
+def quantized(model: PreTrainedModel, group: int = GROUP) -> PreTrainedModel:
+    """A copy with layers of random integers; the head keeps its groups of 128."""
     made = copy.deepcopy(model)
     for path in [*find_structure(made).linear_paths, "lm_head"]:
         layer: nn.Linear = made.get_submodule(path)  # type: ignore[assignment]
-        set_module(made, path, random_layer(layer.in_features, layer.out_features, 8 if path == "lm_head" else 4))
+        bits, size = (8, GROUP) if path == "lm_head" else (4, group)
+        set_module(made, path, random_layer(layer.in_features, layer.out_features, bits, size))
     return made
 
 
-def random_layer(inputs: int, outputs: int, bits: int) -> QuantizedLinear:
-    """A symmetric layer of random integers in groups of 128, in its place without being packed."""
-    layer = QuantizedLinear(inputs, outputs, bits, 128, bias=False)
+def random_layer(inputs: int, outputs: int, bits: int, group: int = GROUP) -> QuantizedLinear:
+    """A symmetric layer of random integers, in its place without being packed."""
+    layer = QuantizedLinear(inputs, outputs, bits, group, bias=False)
     layer.qweight.random_(-(2**31), 2**31 - 1)
     one = sum(((1 << (bits - 1)) - 1) << shift for shift in range(0, 32, bits))
     layer.qzeros.fill_(one - (1 << 32) if one >= 1 << 31 else one)
@@ -91,10 +95,8 @@ def measure(sizes: dict[str, int], repeats: int, quick: bool) -> list[dict[str, 
     dense = random_model(sizes)
     model = quantized(dense)
     prompt = torch.randint(sizes["vocab_size"], (1, PROMPT))
-    began = time.perf_counter()
-    decoders = {"cpu": Decoder(model, "cpu", PROMPT + TOKENS + 1)}
-    packing = time.perf_counter() - began
-    decoders["cpu_int8"] = Decoder(model, "cpu_int8", PROMPT + TOKENS + 1)
+    rows = load_and_repack(model, min(repeats, 3), None if quick else 5.0)
+    decoders = {name: Decoder(model, name, PROMPT + TOKENS + 1) for name in ("cpu", "cpu_int8")}
     runs: dict[str, Callable[[], tuple[float, float]]] = {
         f"decoder, {name}": lambda decoder=decoder: by_decoder(decoder, prompt, TOKENS)  # type: ignore[misc]
         for name, decoder in decoders.items()
@@ -119,7 +121,6 @@ def measure(sizes: dict[str, int], repeats: int, quick: bool) -> list[dict[str, 
             if repeat:  # the first warms up
                 seconds[name].append(found)
         bandwidth.append(cpu_linear.read_bandwidth(256, 3))
-    rows = [row("packing of all layers", packing, "s", None if quick else 5.0)]
     best = {name: [median(times) for times in zip(*found, strict=True)] for name, found in seconds.items()}
     for name, (read, decode) in best.items():
         rows.append(row(f"{name}: prompt of {PROMPT}", PROMPT / read, "tokens/s", None))
@@ -138,7 +139,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows = measure(SMALL if args.quick else SIZES, 1 if args.quick else args.repeats, args.quick)
-    finish(rows, {"quick": args.quick, "repeats": args.repeats, "bits": 4, "head bits": 8, "group": 128}, args.json)
+    finish(rows, {"quick": args.quick, "repeats": args.repeats, "bits": 4, "head bits": 8, "group": GROUP}, args.json)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Quantized linear layers on this machine's CPU, beside torch's int4pack and dense bf16 in the same run.
+"""Quantized linear layers on this machine's CPU, beside dense bf16, torch's int4pack and torchao in the same run.
 
-python benchmarks/kernels.py --json benchmarks/results/kernels.json       # about a minute on two cores
-python benchmarks/kernels.py --quick --json out.json                      # one shape
+python benchmarks/kernels.py --json benchmarks/results/kernels.json       # about three minutes on two cores
+python benchmarks/kernels.py --quick --json out.json --picture out.svg    # one shape
 
 Weights are taken in turn from as many copies as fill 256 MB, so that none comes from a cache; a figure is the median of turns in which
-every backend had its go. Shapes are inputs x outputs.
+every backend had its go. Shapes are inputs x outputs. torchao is the extra `bench`; without it there are fewer peers.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kernels_peers import ABOUT_TORCHAO, DENSE, GROUP, PEERS, Run, copies, peers, torchao_version
+from kernels_picture import READING, draw
+from kernels_threads import SHAPE, one_pool
 from rows import finish, row
 
 sys.path.pop(0)  # transformers would take this file for the package `kernels`
@@ -24,13 +26,14 @@ sys.path.pop(0)  # transformers would take this file for the package `kernels`
 import torch
 
 from tensorpress.kernels import cpu_linear
+from tensorpress.kernels.measured import device_name
 from tensorpress.kernels.quantized_linear import QuantizedLinear
 
 SHAPES = ((4096, 12288), (4096, 4096), (2048, 5632), (11008, 4096))
 ROWS = (1, 4, 16, 128)
-GROUP = 128
-ROOM = 256e6
-Run = Callable[[torch.Tensor], torch.Tensor]
+MANY = 128
+"""Rows from which two copies are enough: there a product takes long."""
+MODES = ("cpu", "cpu_int8")
 
 
 def layer(inputs: int, outputs: int, bits: int) -> QuantizedLinear:
@@ -46,93 +49,82 @@ def layer(inputs: int, outputs: int, bits: int) -> QuantizedLinear:
     )
 
 
-def ours(inputs: int, outputs: int, bits: int, mode: str, copies: int) -> list[Run]:
+def ours(inputs: int, outputs: int, bits: int, mode: str) -> list[Run]:
     one = layer(inputs, outputs, bits)
-    made = [cpu_linear.Packed(one) for _ in range(copies)]
-    return [lambda x, packed=packed: packed(x, cpu_linear.MODES[mode]) for packed in made]
+    made = [cpu_linear.Packed(one) for _ in range(copies(inputs, outputs, bits))]
+    return [lambda x, packed=packed: packed(x, cpu_linear.MODES[mode]) for packed in made]  # type: ignore[misc]
 
 
-def int4pack(inputs: int, outputs: int, copies: int) -> list[Run]:
-    integers = torch.randint(0, 16, (outputs, inputs), dtype=torch.int32)
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers, 2)
-    scales = torch.rand(inputs // GROUP, outputs, 2).bfloat16()
-    made = [packed.clone() for _ in range(copies)]
-    return [lambda x, one=one: torch.ops.aten._weight_int4pack_mm_for_cpu(x, one, GROUP, scales) for one in made]
-
-
-def dense(inputs: int, outputs: int, copies: int) -> list[Run]:
-    made = [torch.randn(outputs, inputs, dtype=torch.bfloat16) for _ in range(copies)]
-    return [lambda x, one=one: torch.nn.functional.linear(x, one) for one in made]
-
-
-def reading(size: int, copies: int) -> list[Run]:
+def reading(inputs: int, outputs: int) -> list[Run]:
     """Nothing but reading as many bytes, on the same threads."""
-    code, room = cpu_linear.compiled(), torch.ones(copies, size, dtype=torch.uint8)
+    code, size = cpu_linear.compiled(), inputs * outputs // 2
     assert code is not None
-    return [lambda x, one=one: code.tp_read(one.data_ptr(), size, torch.get_num_threads()) for one in room]
+    room = torch.ones(copies(inputs, outputs, 4), size, dtype=torch.uint8)
+    return [lambda x, one=one: code.tp_read(one.data_ptr(), size, torch.get_num_threads()) for one in room]  # type: ignore[misc]
 
 
 def backends(inputs: int, outputs: int) -> dict[str, list[Run]]:
-    def count(bits: float) -> int:
-        return max(2, round(ROOM / (inputs * outputs * bits / 8)))
-
-    made = {"dense bf16": dense(inputs, outputs, count(16)), "torch int4pack": int4pack(inputs, outputs, count(4))}
-    made["reading 4 bits"] = reading(inputs * outputs // 2, count(4))
+    made = peers(inputs, outputs, (inputs, outputs) == SHAPES[0])
+    made[READING] = reading(inputs, outputs)
     for bits in (4, 3, 2):
-        for mode in ("cpu", "cpu_int8"):
-            made[f"{mode} {bits} bits"] = ours(inputs, outputs, bits, mode, count(bits))
+        for mode in MODES:
+            made[f"{mode} {bits} bits"] = ours(inputs, outputs, bits, mode)
     return made
 
 
 def times(made: dict[str, list[Run]], rows: int, inputs: int, turns: int) -> dict[str, float]:
     """Median seconds of one product of each backend."""
     x = torch.randn(rows, inputs).bfloat16()
-    seconds: dict[str, list[float]] = {name: [] for name in made}
+    seconds: dict[str, list[float]] = {name: [] for name in made if rows == 1 or name != READING}
     for turn in range(turns + 1):
-        for name, runs in made.items():
-            for run in runs if rows < 64 else runs[:2]:
+        for name, each in seconds.items():
+            for run in made[name] if rows < MANY else made[name][:2]:
                 began = time.perf_counter()
                 run(x)
                 if turn:
-                    seconds[name].append(time.perf_counter() - began)
+                    each.append(time.perf_counter() - began)
     return {name: statistics.median(each) for name, each in seconds.items()}
+
+
+def compare(found: dict[str, float], start: str, rows: int, main: bool) -> list[dict[str, Any]]:
+    """Rows of the speed of 4 bits against the fastest peer, or for many rows against dense bf16."""
+    peer, named = (
+        (found[DENSE], DENSE) if rows >= MANY else (min(found[n] for n in PEERS if n in found), "the fastest peer")
+    )
+    lines = []
+    for mode in MODES:
+        bar = {1: None, 4: 1.5, 16: 1.5, 128: 1.2}[rows] if main and mode == "cpu_int8" else None
+        lines.append(row(f"{start}: {mode}, speed against {named}", peer / found[f"{mode} 4 bits"], "x", bar, True))
+    return lines
+
+
+def limits(found: dict[str, float], shape: str, main: bool) -> list[dict[str, Any]]:
+    """Rows of one input: how near to the read bandwidth, and what fewer bits bring."""
+    lines = []
+    for mode in MODES:
+        bar = 0.8 if main and mode == "cpu_int8" else None
+        share = found[READING] / found[f"{mode} 4 bits"]
+        lines.append(row(f"{shape}: {mode}, share of the read bandwidth", share, "", bar, True))
+    for bits, faster in ((3, 1.15), (2, 1.4)):
+        ratio = found["cpu_int8 4 bits"] / found[f"cpu_int8 {bits} bits"]
+        lines.append(row(f"{shape}: {bits} bits against 4, cpu_int8", ratio, "x", faster if main else None, True))
+    return lines
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:
     """All rows."""
     lines = [row("read bandwidth", cpu_linear.read_bandwidth() / 1e9, "GB/s", None)]
+    lines += one_pool(ours(*SHAPE, 4, "cpu_int8"), None if quick else 1.15)
     for inputs, outputs in SHAPES[:1] if quick else SHAPES:
         made = backends(inputs, outputs)
         shape, main = f"{inputs}x{outputs}", (inputs, outputs) == SHAPES[0]
         for rows in ROWS:
-            found = times(made, rows, inputs, 3 if rows == 128 else 7)
-            if rows > 1:
-                found.pop("reading 4 bits")
-            for name, seconds in found.items():
-                lines.append(row(f"{shape}, {rows} rows: {name}", seconds * 1e6, "us", None))
+            found, start = times(made, rows, inputs, 3 if rows >= MANY else 7), f"{shape}, {rows} rows"
+            lines += [row(f"{start}: {name}", seconds * 1e6, "us", None) for name, seconds in found.items()]
             rate = 2 * rows * inputs * outputs / found["cpu_int8 4 bits"] / 1e9
-            lines.append(row(f"{shape}, {rows} rows: cpu_int8 4 bits", rate, "GOP/s", None))
-            best = min(found["dense bf16"], found["torch int4pack"])
-            mine = {mode: found[f"{mode} 4 bits"] for mode in ("cpu", "cpu_int8")}
-            for mode, seconds in mine.items():
-                wanted = mode == "cpu_int8" and main
-                if rows == 1:
-                    share = found["reading 4 bits"] / seconds
-                    lines.append(
-                        row(f"{shape}: {mode}, share of the read bandwidth", share, "", 0.8 if wanted else None, True)
-                    )
-                peer = found["dense bf16"] if rows == 128 else best
-                named = "dense bf16" if rows == 128 else "the better of dense bf16 and int4pack"
-                bar = {1: None, 4: 1.5, 16: 1.5, 128: 1.2}[rows] if wanted else None
-                lines.append(
-                    row(f"{shape}, {rows} rows: {mode}, speed against {named}", peer / seconds, "x", bar, True)
-                )
-            if rows == 1:
-                for bits, bar in ((3, 1.15), (2, 1.4)):
-                    faster = mine["cpu_int8"] / found[f"cpu_int8 {bits} bits"]
-                    lines.append(
-                        row(f"{shape}: {bits} bits against 4, cpu_int8", faster, "x", bar if main else None, True)
-                    )
+            lines.append(row(f"{start}: cpu_int8 4 bits", rate, "GOP/s", None))
+            lines += limits(found, shape, main) if rows == 1 else []
+            lines += compare(found, start, rows, main)
     return lines
 
 
@@ -140,12 +132,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one shape")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--picture", type=Path, help="a file .svg or .png")
     args = parser.parse_args()
     if cpu_linear.compiled() is None:
         raise SystemExit("the compiled kernels were not built: is there a C++ compiler?")
     with torch.inference_mode():
         lines = measure(args.quick)
-    finish(lines, {"instructions": cpu_linear.instructions(), "group": GROUP, "quick": args.quick}, args.json)
+    version = torchao_version()
+    conditions = {
+        "instructions": cpu_linear.instructions(),
+        "group": GROUP,
+        "quick": args.quick,
+        "torchao": "not installed: no peer here" if version is None else f"{version}; {ABOUT_TORCHAO}",
+    }
+    if args.picture:
+        threads, kind = torch.get_num_threads(), cpu_linear.instructions()
+        about = f"{device_name(torch.device('cpu'))}, {threads} threads, {kind}; groups of {GROUP}, weights from memory"
+        draw(lines, "x".join(map(str, SHAPES[0])), ROWS, about, args.picture)
+    finish(lines, conditions, args.json)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,7 @@ from torch import nn
 
 from tensorpress.compressors.base import LayerReport, Progress, no_progress
 from tensorpress.errors import StepError
-from tensorpress.kernels.mpo_linear import MPOLinear
-from tensorpress.kernels.quantized_linear import QuantizedLinear
+from tensorpress.kernels.kernel_layer import kernel_layers
 from tensorpress.loading import apply_layers, layers_of
 from tensorpress.structure import Block, Structure
 
@@ -200,9 +199,8 @@ class _Checkpoint:
             weights = load_file(self.folder / f"block-{block.index:05d}.safetensors", device)
             model.get_submodule(block.path).load_state_dict(weights, assign=True)
             rows += [LayerReport(**row) for row in saved["rows"]]
-        for module in model.modules():
-            if isinstance(module, (MPOLinear, QuantizedLinear)):
-                module.kernel = "reference"  # as in a walk that was not interrupted
+        for layer in kernel_layers(model):
+            layer.kernel = "reference"  # as in a walk that was not interrupted
         return rows, state["next"], [hidden[f"{i:05d}"] for i in range(len(hidden))]
 
     def save(self, model: PreTrainedModel, block: Block, rows: list[LayerReport], hidden: list[torch.Tensor]) -> None:

@@ -17,8 +17,7 @@ from tensorpress.evaluators.base import Progress, no_progress
 from tensorpress.evaluators.reading import CompiledReader, Reader, TransformersReader, compiled_reader
 from tensorpress.evaluators.speed import resident_bytes
 from tensorpress.kernels import cpu_linear, registry
-from tensorpress.kernels.mpo_linear import MPOLinear
-from tensorpress.kernels.quantized_linear import QuantizedLinear
+from tensorpress.kernels.kernel_layer import KernelLayer, kernel_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,10 +39,8 @@ class Backend:
 
     def ready(self) -> None:
         """Let the model's layers use the kernel, without dropping what others keep."""
-        for module in self.model.modules():
-            if isinstance(module, (MPOLinear, QuantizedLinear)):
-                known = registry.backends(registry.operation_of(module) or "")
-                module.kernel = self.name if self.name in known else "auto"
+        for layer in kernel_layers(self.model):
+            layer.kernel = self.name if self.name in registry.backends(layer.operation) else "auto"
 
     def weight_bytes(self, rows: int) -> int:
         """Bytes of linear layers that decoding a token of `rows` texts reads."""
@@ -51,7 +48,7 @@ class Backend:
             return self.reader.decoder.nbytes
         found = 0
         for module in self.model.modules():
-            if isinstance(module, (MPOLinear, QuantizedLinear)):
+            if isinstance(module, KernelLayer):
                 found += module.read_bytes(rows)
             elif isinstance(module, (nn.Linear, Conv1D)):
                 found += sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
@@ -59,17 +56,16 @@ class Backend:
 
     def peak_bytes(self) -> int:
         """Bytes of weights: the model's, and what this backend keeps beside them."""
-        layers = [module for module in self.model.modules() if isinstance(module, (MPOLinear, QuantizedLinear))]
+        layers = kernel_layers(self.model)
         own = resident_bytes(self.model) - sum(layer.kept_bytes() for layer in layers)
         if isinstance(self.reader, CompiledReader):
             return own + self.reader.kept_bytes
         return own + sum(layer.kept_bytes(_names(layer)) for layer in layers)
 
 
-def _names(layer: MPOLinear | QuantizedLinear) -> set[str]:
+def _names(layer: KernelLayer) -> set[str]:
     """The backends that compute a layer: the one that is named, or what was taken for sizes of batch."""
-    operation = registry.operation_of(layer) or ""
-    backend = registry.named(operation, layer)
+    backend = registry.named(layer.operation, layer)
     return {backend.name} if backend else set(layer.__dict__.get("taken", {}).values())
 
 
@@ -78,10 +74,10 @@ def backends_of(model: PreTrainedModel, of: str, kernels: str, batches: Sequence
 
     `kernels` other than `auto` leaves that backend alone.
     """
-    layers = [module for module in model.modules() if isinstance(module, (MPOLinear, QuantizedLinear))]
+    layers = kernel_layers(model)
     found: dict[str, None] = {}
     for operation in registry.operations():
-        of_it = [layer for layer in layers if registry.operation_of(layer) == operation]
+        of_it = [layer for layer in layers if layer.operation == operation]
         found |= {
             name: None
             for name, backend in registry.backends(operation).items()

@@ -13,9 +13,8 @@ from tensorpress.evaluators.base import EvaluationData, Evaluator, Measurement, 
 from tensorpress.evaluators.generation import step
 from tensorpress.evaluators.perplexity import position_limit
 from tensorpress.kernels import registry
+from tensorpress.kernels.kernel_layer import kernel_layers
 from tensorpress.kernels.measured import device_name
-from tensorpress.kernels.mpo_linear import MPOLinear
-from tensorpress.kernels.quantized_linear import QuantizedLinear
 from tensorpress.structure import model_kind
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ def _now(device: torch.device) -> float:
 
 def resident_bytes(model: nn.Module) -> int:
     """Bytes of a model's parameters and buffers, shared ones once, and of what its kernels keep beside them."""
-    kept = sum(m.kept_bytes() for m in model.modules() if isinstance(m, (MPOLinear, QuantizedLinear)))
+    kept = sum(layer.kept_bytes() for layer in kernel_layers(model))
     return kept + sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 

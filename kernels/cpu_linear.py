@@ -12,6 +12,7 @@ import functools
 import hashlib
 import statistics
 import time
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,8 @@ LONGEST = 512
 """Inputs that share a scale at most: longer groups are cut, so that 8-bit inputs get a scale for each piece."""
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MODES = {"cpu_int8": 1, "cpu": 0}
+LEVELS = ("portable", "avx2", "avxvnni", "avx512vl", "avx512")
+"""Instruction sets, from the least."""
 WORTH_A_THREAD = 1 << 18
 """As in kernels/cpu/api.cpp."""
 
@@ -55,6 +58,8 @@ class _Call(ctypes.Structure):
         ("type", ctypes.c_int32),
         ("mode", ctypes.c_int32),
         ("out", ctypes.c_int32),
+        ("adds", ctypes.c_int32),
+        ("fill", ctypes.c_void_p),
     )
 
 
@@ -87,7 +92,7 @@ def compiled() -> ctypes.CDLL | None:
 
 
 def instructions() -> str | None:
-    """The instruction set in use: `avx512`, `avx2` or `portable`; None where nothing was built."""
+    """The instruction set in use, one of LEVELS; None where nothing was built."""
     code = compiled()
     return None if code is None else str(code.tp_instructions().decode())
 
@@ -116,7 +121,7 @@ def limit_instructions(name: str) -> None:
     """Use no more than this instruction set from now on; for tests."""
     code = compiled()
     assert code is not None
-    code.tp_limit(("portable", "avx2", "avx512").index(name))
+    code.tp_limit(LEVELS.index(name))
 
 
 def _torch_threads() -> int | None:
@@ -179,19 +184,24 @@ class Packed:
 
     def __call__(self, x: torch.Tensor, mode: int) -> torch.Tensor:
         """The product [..., outputs] with x [..., inputs], in the dtype of x. Raises MemoryError."""
-        flat = x.reshape(-1, self.inputs)
-        if flat.stride(1) != 1:
-            flat = flat.contiguous()
-        y = x.new_empty(*x.shape[:-1], self.outputs)
-        call = _Call(
-            ctypes.pointer(self.weights), flat.data_ptr(), y.data_ptr(), flat.shape[0], flat.stride(0), TYPES[x.dtype], mode,
-            TYPES[x.dtype],
-        )  # fmt: skip
-        code = compiled()
-        assert code is not None
-        if code.tp_linear(ctypes.byref(call), torch.get_num_threads()):
-            raise MemoryError(f"a quantized linear layer of {flat.shape[0]} rows: no memory for its inputs")
-        return y
+        return multiply(self.weights, x, mode)
+
+
+def multiply(weights: Weights, x: torch.Tensor, mode: int) -> torch.Tensor:
+    """The product [..., outputs] of packed weights with x [..., inputs], in the dtype of x. Raises MemoryError."""
+    flat = x.reshape(-1, weights.inputs)
+    if flat.stride(1) != 1:
+        flat = flat.contiguous()
+    y = x.new_empty(*x.shape[:-1], weights.outputs)
+    call = _Call(
+        ctypes.pointer(weights), flat.data_ptr(), y.data_ptr(), flat.shape[0], flat.stride(0), TYPES[x.dtype], mode,
+        TYPES[x.dtype], 0, None,
+    )  # fmt: skip
+    code = compiled()
+    assert code is not None
+    if code.tp_linear(ctypes.byref(call), torch.get_num_threads()):
+        raise MemoryError(f"a linear layer of {flat.shape[0]} rows: no memory for its inputs")
+    return y
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:
@@ -235,11 +245,19 @@ def places(g_idx: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor
     return of.to(torch.int32), order
 
 
+_shared: weakref.WeakValueDictionary[int, Packed] = weakref.WeakValueDictionary()
+"""What layers of the same memory share, by the address of the integers."""
+
+
 def packed(layer: QuantizedLinear) -> Packed:
     """The layer's weights in the layout of the compiled code, made anew if they changed."""
     kept: Packed | None = layer.packed
-    if kept is None or kept.made_of != _state(layer):
-        kept = layer.packed = Packed(layer)
+    state = _state(layer)
+    if kept is None or kept.made_of != state:
+        kept = _shared.get(layer.qweight.data_ptr())
+        if kept is None or kept.made_of != state:
+            kept = _shared[layer.qweight.data_ptr()] = Packed(layer)
+        layer.packed = kept
     return kept
 
 

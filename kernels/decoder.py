@@ -15,6 +15,7 @@ from torch import nn
 
 from tensorpress.kernels import cpu_linear
 from tensorpress.kernels.cpu_linear import LANES, Weights
+from tensorpress.kernels.packed_dense import PackedDense
 from tensorpress.kernels.quantized_linear import QuantizedLinear
 from tensorpress.kernels.removed import RemovedAttention, RemovedLinear
 
@@ -53,32 +54,6 @@ class _Decoder(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("epsilon", "scale")),
         *((name, ctypes.c_int32) for name in ("embedding_type", "activation", "mode", "type")),
     )
-
-
-class PackedDense:
-    """The weight [m, n] of a dense layer in the layout of the compiled code, as bf16. Raises ValueError where that would round it."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
-        outputs, inputs = weight.shape
-        rounded = weight.detach().to(torch.bfloat16)
-        if weight.dtype != torch.bfloat16 and not torch.equal(rounded.to(weight.dtype), weight):
-            raise ValueError("its dense weights are finer than bfloat16")
-        of, order = cpu_linear.places(torch.zeros(inputs, dtype=torch.int32), 1)
-        padded = nn.functional.pad(rounded, (0, len(order) - inputs, 0, -outputs % LANES))
-        blocks, groups = len(padded) // LANES, len(of)
-        slices = padded.view(blocks, LANES, -1, 2, 2).permute(0, 2, 4, 1, 3)  # [blocks, slices, planes, lanes, pair]
-        self.data = slices.contiguous()
-        self.scale = torch.ones(blocks, groups, LANES, dtype=torch.float16)
-        self.bias = None if bias is None else bias.detach().float().contiguous()
-        self.weights = Weights(
-            outputs, inputs, blocks, groups, len(order) // groups, 16, self.data.data_ptr(), self.scale.data_ptr(), None, None,
-            None if self.bias is None else self.bias.data_ptr(),
-        )  # fmt: skip
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that a product reads."""
-        return sum(tensor.nbytes for tensor in (self.data, self.scale, self.bias) if tensor is not None)
 
 
 def refusal(model: PreTrainedModel, places: int = 0) -> str | None:
@@ -233,9 +208,8 @@ class Decoder:
                 if hasattr(attention, name):
                     setattr(block, field, self._floats(getattr(attention, name).weight))
             block.heads, block.shared = (getattr(attention, name).out_features // head for name in ("q_proj", "k_proj"))
-            room = [
-                torch.zeros(block.shared, self.places, head, dtype=self.model.dtype, device="cpu") for _ in range(2)
-            ]
+            kept = -(-self.places // LANES) * LANES
+            room = [torch.zeros(block.shared, kept, head, dtype=self.model.dtype, device="cpu") for _ in range(2)]
             self._kept += room
             block.keys, block.values = (tensor.data_ptr() for tensor in room)
         if block.down:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from tensorpress.kernels import mpo_contraction, registry
+from tensorpress.kernels.kernel_layer import KernelLayer
 from tensorpress.kernels.measured import BATCHES, batch_of
 from tensorpress.kernels.mpo_contraction import Contraction, Multiply, Plan, Shape, merge
 from tensorpress.kernels.origin import Origin
@@ -65,8 +66,10 @@ def matrix_cost(cores: Sequence[torch.Tensor] | Sequence[torch.Size], tokens: in
     return cost + tokens * done
 
 
-class MPOLinear(nn.Module):
+class MPOLinear(KernelLayer):
     """y = x W^T + b with W an MPO; inputs [..., prod(in_factors)], outputs [..., prod(out_factors)]."""
+
+    operation = "mpo_linear"
 
     def __init__(self, out_factors: Sequence[int], in_factors: Sequence[int], bonds: Sequence[int], *, bias: bool):
         super().__init__()
@@ -95,12 +98,20 @@ class MPOLinear(nn.Module):
             layer.bias = nn.Parameter(bias.detach().clone())
         return layer
 
+    @classmethod
+    def from_low_rank(cls, left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None) -> MPOLinear:
+        """W = left [m, r] @ right [r, n] as two sites, whose chain multiplies with `right`, then with `left`, as they are; they are copied.
+
+        Raises ValueError where the ranks differ.
+        """
+        (outputs, rank), (other, inputs) = left.shape, right.shape
+        if rank != other:
+            raise ValueError(f"the left factor has {rank} columns, the right one {other} rows")
+        return cls.from_cores([left.reshape(1, outputs, 1, rank), right.reshape(rank, 1, inputs, 1)], bias)
+
     def dense_weight(self) -> torch.Tensor:
         """The weight [m, n] that the cores stand for."""
         return mpo_to_matrix(list(self.cores))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return registry.kernel_for("mpo_linear", self, x)(self, x)
 
     def shapes(self) -> tuple[Shape, ...]:
         """The shapes of the cores."""
@@ -119,7 +130,7 @@ class MPOLinear(nn.Module):
 
     def read_bytes(self, rows: int) -> int:
         """Bytes of weights that the kernel in use reads for so many rows."""
-        name = registry.in_use("mpo_linear", self, rows)
+        name = registry.in_use(self.operation, self, rows)
         made = self.kept.get("matrix" if name == "matrix" else f"chain {batch_of(rows)}", (None, None))[1]
         if name in ("matrix", "chain", "triton") and made is not None:
             return made.nbytes
@@ -165,12 +176,14 @@ def mpo_linear_dense(layer: MPOLinear, x: torch.Tensor) -> torch.Tensor:
 
 
 def mpo_linear_reference(layer: MPOLinear, x: torch.Tensor) -> torch.Tensor:
-    """Whichever of the chain and the contracted matrix takes fewer multiply-adds for this many tokens."""
+    """Whichever of the chain, from either side, and the contracted matrix takes fewest multiply-adds for this many tokens."""
     cores = list(layer.cores)
     tokens = x.numel() // x.shape[-1]
-    if apply_cost(cores, tokens) >= matrix_cost(cores, tokens):
+    from_right = Plan("right", tuple(range(1, len(cores) + 1)))
+    left, right = apply_cost(cores, tokens), mpo_contraction.operations(layer.shapes(), from_right, tokens)
+    if min(left, right) >= matrix_cost(cores, tokens):
         return mpo_linear_dense(layer, x)
-    y = mpo_apply(cores, x)
+    y = mpo_apply(cores, x) if left <= right else Contraction(cores, from_right)(x)
     return y if layer.bias is None else y + layer.bias
 
 
@@ -208,10 +221,11 @@ def mpo_linear_triton(layer: MPOLinear, x: torch.Tensor) -> torch.Tensor:
 
 
 def plan_for(layer: MPOLinear, rows: int, dtype: torch.dtype) -> Plan:
-    """The chain that is predicted to be fastest for up to so many inputs of a layer; it keeps at most as much as its matrix."""
+    """The chain that is predicted to be fastest for up to so many inputs of a layer; it keeps at most as much as its matrix or its cores."""
     most = next((size for size in BATCHES if rows <= size), 8 * BATCHES[-1])
     machine = mpo_contraction.machine_of(str(layer.cores[0].device), dtype, torch.get_num_threads())
-    shapes, room = layer.shapes(), layer.in_features * layer.out_features
+    shapes = layer.shapes()
+    room = max(layer.in_features * layer.out_features, sum(core.numel() for core in layer.cores))
     size = torch.empty((), dtype=dtype).element_size()
     found = mpo_contraction.best_chain(shapes, most, size, machine, room)
     return found or Plan("left", tuple(range(1, len(shapes) + 1)))

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tensorpress.kernels import cpu_linear, registry
+from tensorpress.kernels import cpu_linear, operators, registry
+from tensorpress.kernels.kernel_layer import KernelLayer
 from tensorpress.kernels.packing import pack, packed_rows, unpack
 
 BITS = (2, 3, 4, 8)
@@ -27,16 +28,15 @@ def dequantize(
     values = unpack(qweight, bits, g_idx.shape[0])
     zeros = unpack(qzeros.T.contiguous(), bits, scales.shape[1]).T + zero_offset
     size = g_idx.shape[0] // scales.shape[0]
-    if size * scales.shape[0] == g_idx.shape[0] and torch.equal(
-        g_idx, torch.arange(len(g_idx), device=g_idx.device) // size
-    ):
+    even = size * scales.shape[0] == g_idx.shape[0] and not torch.compiler.is_compiling()  # a graph cannot ask for values
+    if even and torch.equal(g_idx, torch.arange(len(g_idx), device=g_idx.device) // size):
         grouped = values.view(scales.shape[0], size, -1)
         return ((grouped - zeros[:, None]).float() * scales.float()[:, None]).view(values.shape)
     groups = g_idx.long()
     return (values - zeros[groups]).float() * scales.float()[groups]
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(KernelLayer):
     """y = x W^T + b with W stored in 2, 3, 4 or 8 bits; inputs [..., K], outputs [..., N]."""
 
     qweight: torch.Tensor
@@ -44,6 +44,8 @@ class QuantizedLinear(nn.Module):
     scales: torch.Tensor
     g_idx: torch.Tensor
     bias: torch.Tensor | None
+    operation = "quantized_linear"
+    judged_by = "unpacked"
 
     def __init__(
         self, in_features: int, out_features: int, bits: int, group_size: int, *, bias: bool, zero_offset: int = 1
@@ -93,7 +95,21 @@ class QuantizedLinear(nn.Module):
         return dequantize(self.qweight, self.qzeros, self.scales, self.g_idx, self.bits, self.zero_offset).T
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return registry.kernel_for("quantized_linear", self, x)(self, x)
+        learns = torch.is_grad_enabled() and x.requires_grad
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not learns:
+            return operators.quantized_linear(
+                x, self.qweight, self.qzeros, self.scales, self.g_idx, self.bias, self.bits, self.group_size, self.zero_offset,
+                self.kernel,
+            )  # fmt: skip
+        return super().forward(x)
+
+    def parameter_count(self) -> int:
+        """Weights that the integers stand for, and biases."""
+        return self.in_features * self.out_features + (0 if self.bias is None else self.bias.numel())
+
+    def check(self) -> None:
+        """Refuse inputs that belong to no group. Raises ValueError."""
+        cpu_linear.check_groups(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
         """Move with the model, but keep the scales in fp16 when the model changes its dtype."""
@@ -138,7 +154,7 @@ class QuantizedLinear(nn.Module):
 
     def read_bytes(self, rows: int) -> int:
         """Bytes of weights that the kernel in use reads for so many rows."""
-        name = registry.in_use("quantized_linear", self, rows)
+        name = registry.in_use(self.operation, self, rows)
         if name in cpu_linear.MODES and self.packed is not None:
             return int(self.packed.nbytes)
         if name == "unpacked" and self.unpacked is not None:

@@ -103,7 +103,7 @@ def _fastest(operation: str, layer: Any, x: torch.Tensor) -> Backend:
         torch.jit.is_tracing() or torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter)
     )
     if traced or x.device.type == "meta" or x.numel() == 0 or (torch.is_grad_enabled() and _learns(layer, x)):
-        return _backends[operation]["reference"]
+        return _backends[operation][getattr(layer, "trained_by", "reference")]
     batch = measured.batch_of(x.numel() // max(x.shape[-1], 1))
     call = (batch, x.dtype, x.device, torch.get_num_threads())
     taken: dict[Any, str] = layer.__dict__.setdefault("taken", {})
@@ -159,5 +159,5 @@ def in_use(operation: str, layer: Any, rows: int) -> str:
 
 def operation_of(module: nn.Module) -> str | None:
     """The operation that a layer is, `dense` for one that nothing replaced; None for a module that is no linear layer."""
-    kinds = {"QuantizedLinear": "quantized_linear", "MPOLinear": "mpo_linear", "Linear": "dense", "Conv1D": "dense"}
+    kinds = {"Linear": "dense", "Conv1D": "dense"}
     return getattr(module, "operation", None) or kinds.get(type(module).__name__)

@@ -30,6 +30,7 @@ from torch import nn
 from tensorpress import digest
 from tensorpress.errors import InputError, StepError
 from tensorpress.files import umask, write_whole
+from tensorpress.kernels.kernel_layer import kernel_layers
 from tensorpress.kernels.quantized_linear import QuantizedLinear
 from tensorpress.lease import Lease, lease_seconds
 from tensorpress.loading import FORMAT_VERSION, REPLACED, artifact_config, layers_of
@@ -45,6 +46,8 @@ PROBE = ".probe"
 SHARD = "4GB"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 """Largest difference of logits between the model in memory and the folder opened in a fresh process."""
+ROUNDED = ("bias", "values")
+"""Tensors of compressed layers that are no parameters, and are stored in the model's precision as those are."""
 CARRIED = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -400,7 +403,7 @@ def save_model(model: PreTrainedModel, folder: Path, stored: torch.dtype) -> Non
     A model whose block layers are all GPTQ of one kind is written in the standard GPTQ layout.
     """
     worked = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    quantized = {m: m.bias.dtype for m in model.modules() if isinstance(m, QuantizedLinear) and m.bias is not None}
+    buffers = [(m, n, b.dtype) for m in kernel_layers(model) for n, b in m.named_buffers() if n in ROUNDED]
     model.config.dtype = stored
     layers = layers_of(model)
     plain = plain_gptq(model) if layers else None
@@ -414,16 +417,16 @@ def save_model(model: PreTrainedModel, folder: Path, stored: torch.dtype) -> Non
     try:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(stored)
-        for layer in quantized:
-            layer.bias = None if layer.bias is None else layer.bias.to(stored)
+        for layer, name, _ in buffers:
+            setattr(layer, name, getattr(layer, name).to(stored))
         model.save_pretrained(folder, max_shard_size=SHARD)
         for path in folder.glob("*.safetensors"):
             path.chmod(0o666 & ~umask())
     finally:
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(worked[name])
-        for layer, dtype in quantized.items():
-            layer.bias = None if layer.bias is None else layer.bias.to(dtype)
+        for layer, name, dtype in buffers:
+            setattr(layer, name, getattr(layer, name).to(dtype))
 
 
 def plain_gptq(model: PreTrainedModel) -> dict[str, Any] | None:

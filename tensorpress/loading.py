@@ -20,9 +20,8 @@ from torch import nn
 from tensorpress.checks import check_folder, one_line, stored_in, weight_files
 from tensorpress.errors import InputError
 from tensorpress.kernels import registry
-from tensorpress.kernels.cpu_linear import check_groups
-from tensorpress.kernels.mpo_linear import MPOLinear
-from tensorpress.kernels.quantized_linear import BITS, QuantizedLinear
+from tensorpress.kernels.kernel_layer import KernelLayer, kernel_layers
+from tensorpress.kernels.quantized_linear import BITS
 from tensorpress.kernels.removed import RemovedAttention, RemovedLinear, RemovedNorm
 from tensorpress.specs import module_from_spec
 from tensorpress.structure import iterate_linears, linear_shape, renumber_attention, set_module
@@ -42,9 +41,11 @@ BUFFERS = (
     "pooler.dense.bias",
 )
 """Ends of names that old checkpoints carry and no output needs."""
+PACKED = {torch.int32: "I32", torch.uint8: "U8"}
+"""What safetensors calls the types of packed integers."""
 SMALL = 1 << 24
 """Numbers that a model may hold beside twice its weights: buffers that are made, not read."""
-REPLACED = (MPOLinear, QuantizedLinear, RemovedLinear, RemovedAttention, RemovedNorm)
+REPLACED = (KernelLayer, RemovedLinear, RemovedAttention, RemovedNorm)
 
 
 def gptq_layers(model: nn.Module, config: dict[str, Any], files: list[Path]) -> dict[str, dict]:
@@ -137,9 +138,9 @@ def load(
         )
     _check_whole(folder, model, found)
     for path, module in model.named_modules():
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, KernelLayer):
             try:
-                check_groups(module)
+                module.check()
             except ValueError as error:
                 raise InputError(f"{folder}: {path}: {error}") from None
     use_kernels(model, kernels)
@@ -203,8 +204,8 @@ def _check_fits(folder: Path, config: PretrainedConfig) -> None:
         shape, kind = stored[name]
         if [*tensor.shape] != shape:
             raise InputError(f"{folder}: tensor {name} has the shape {shape}; config.json says {[*tensor.shape]}")
-        if tensor.dtype == torch.int32 and kind != "I32":  # transformers leaves integers as they are stored
-            raise InputError(f"{folder}: tensor {name} is stored as {kind}; packed integers are I32")
+        if tensor.dtype in PACKED and kind != PACKED[tensor.dtype]:  # transformers leaves integers as they are stored
+            raise InputError(f"{folder}: tensor {name} is stored as {kind}; packed integers are {PACKED[tensor.dtype]}")
         if tensor.is_floating_point() and not kind.removeprefix("B").startswith("F"):
             raise InputError(f"{folder}: tensor {name} is stored as {kind}; it should be F32, F16 or BF16")
     wanted = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
@@ -254,24 +255,19 @@ def use_kernels(model: nn.Module, name: str) -> None:
         raise InputError(
             f"{registry.VARIABLE}: {registry.asked_for()!r} is not known; known: auto, {', '.join(sorted(known))}"
         )
-    for module in model.modules():
-        if isinstance(module, (MPOLinear, QuantizedLinear)):
-            module.release()
-            module.__dict__.pop("taken", None)
-        if isinstance(module, MPOLinear):
-            module.kernel = name if name in registry.backends("mpo_linear") else "auto"
-        elif isinstance(module, QuantizedLinear):
-            module.kernel = name if name in registry.backends("quantized_linear") else "auto"
+    for layer in kernel_layers(model):
+        layer.release()
+        layer.__dict__.pop("taken", None)
+        layer.kernel = name if name in registry.backends(layer.operation) else "auto"
 
 
 def use_quick_kernels(model: nn.Module) -> None:
-    """For measuring quality: keep dequantized weights in memory where there is plenty, which changes no number."""
-    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
-    dense = 4 * sum(layer.in_features * layer.out_features for layer in layers)
-    use_kernels(model, "unpacked" if dense < free_bytes(model.device) / 4 else "reference")
-    for module in model.modules():
-        if isinstance(module, MPOLinear):
-            module.kernel = "reference"
+    """For measuring quality: keep dense weights in memory where there is plenty, which changes no number."""
+    use_kernels(model, "reference")
+    layers = [layer for layer in kernel_layers(model) if layer.judged_by != "reference"]
+    if 4 * sum(layer.in_features * layer.out_features for layer in layers) < free_bytes(model.device) / 4:
+        for layer in layers:
+            layer.kernel = layer.judged_by
 
 
 def free_bytes(device: Any) -> int:

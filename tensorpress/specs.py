@@ -9,12 +9,14 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, TypeAd
 from torch import nn
 
 from tensorpress.errors import InputError
+from tensorpress.kernels.block_diagonal_linear import BlockDiagonalLinear
 from tensorpress.kernels.mpo_linear import MPOLinear
 from tensorpress.kernels.quantized_linear import QuantizedLinear
+from tensorpress.kernels.semi_structured_linear import SemiStructuredLinear
 from tensorpress.recipe import explain
 from tensorpress.structure import LINEAR, linear_shape, stub_from_spec
 
-FORMS = ("mpo", "gptq", "removed", "removed_attention", "removed_norm")
+FORMS = ("mpo", "gptq", "block_diagonal", "semi_structured", "removed", "removed_attention", "removed_norm")
 Width = Annotated[StrictInt, Field(ge=1, le=2**31 - 1)]
 Widths = Annotated[list[Width], Field(min_length=1, max_length=32)]
 
@@ -53,6 +55,31 @@ class GPTQSpec(Spec):
     bias: StrictBool
 
 
+class BlockDiagonalSpec(Spec):
+    """`BlockDiagonalLinear`."""
+
+    form: Literal["block_diagonal"]
+    in_features: Width
+    out_features: Width
+    block_count: Width
+    bias: StrictBool
+
+    @model_validator(mode="after")
+    def _blocks(self) -> BlockDiagonalSpec:
+        if self.in_features % self.block_count or self.out_features % self.block_count:
+            raise ValueError("inputs and outputs that are multiples of the number of blocks")
+        return self
+
+
+class SemiStructuredSpec(Spec):
+    """`SemiStructuredLinear`."""
+
+    form: Literal["semi_structured"]
+    in_features: Width
+    out_features: Width
+    bias: StrictBool
+
+
 class RemovedSpec(Spec):
     """`RemovedLinear`."""
 
@@ -74,8 +101,24 @@ class RemovedNormSpec(Spec):
     form: Literal["removed_norm"]
 
 
+LAYERS: dict[str, type[MPOLinear | QuantizedLinear | BlockDiagonalLinear | SemiStructuredLinear]] = {
+    "mpo": MPOLinear,
+    "gptq": QuantizedLinear,
+    "block_diagonal": BlockDiagonalLinear,
+    "semi_structured": SemiStructuredLinear,
+}
+"""What the forms of a linear layer are made of."""
 _checked: TypeAdapter[Any] = TypeAdapter(
-    Annotated[MPOSpec | GPTQSpec | RemovedSpec | RemovedAttentionSpec | RemovedNormSpec, Field(discriminator="form")]
+    Annotated[
+        MPOSpec
+        | GPTQSpec
+        | BlockDiagonalSpec
+        | SemiStructuredSpec
+        | RemovedSpec
+        | RemovedAttentionSpec
+        | RemovedNormSpec,
+        Field(discriminator="form"),
+    ]
 )
 
 
@@ -92,11 +135,12 @@ def module_from_spec(spec: Any, path: str = "", replaced: nn.Module | None = Non
             form = spec.get("form") if isinstance(spec, dict) else spec
             raise InputError(f"{where}: unknown form {str(form)[:80]!r}; known: {', '.join(FORMS)}") from None
         raise InputError(explain(error, where, Spec)[0]) from None
-    if replaced is not None and spec["form"] in ("mpo", "gptq"):
+    layer = LAYERS.get(spec["form"])
+    if layer is None:
+        return stub_from_spec(spec)
+    if replaced is not None:
         _check_shape(where, spec, replaced)
-    if spec["form"] == "mpo":
-        return MPOLinear.from_spec(spec)
-    return QuantizedLinear.from_spec(spec) if spec["form"] == "gptq" else stub_from_spec(spec)
+    return layer.from_spec(spec)
 
 
 def _check_shape(where: str, spec: dict[str, Any], replaced: nn.Module) -> None:

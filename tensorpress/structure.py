@@ -15,15 +15,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tensorpress.errors import InputError
-from tensorpress.kernels.mpo_linear import MPOLinear
-from tensorpress.kernels.quantized_linear import QuantizedLinear
+from tensorpress.kernels.kernel_layer import KernelLayer
 from tensorpress.kernels.removed import RemovedAttention, RemovedLinear, RemovedNorm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DENSE = (nn.Linear, Conv1D)
-LINEAR = (nn.Linear, Conv1D, MPOLinear, QuantizedLinear)
+LINEAR = (nn.Linear, Conv1D, KernelLayer)
 Kind = Literal["causal", "encoder"]
 
 
@@ -106,7 +105,7 @@ def linear_weight(layer: nn.Module) -> torch.Tensor:
     """The weight as [m outputs, n inputs], whatever the layer stores; a view where it can be one."""
     if isinstance(layer, Conv1D):
         return layer.weight.T
-    if isinstance(layer, (MPOLinear, QuantizedLinear)):
+    if isinstance(layer, KernelLayer):
         return layer.dense_weight()
     assert isinstance(layer, nn.Linear)
     return layer.weight

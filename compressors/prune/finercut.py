@@ -18,7 +18,7 @@ from pydantic import Field
 from tensorpress.compressors.base import Calibration, Compressor, LayerReport, Report
 from tensorpress.compressors.distances import total_distance
 from tensorpress.errors import InputError, StepError
-from tensorpress.kernels.quantized_linear import QuantizedLinear
+from tensorpress.kernels.kernel_layer import kernel_layers
 from tensorpress.structure import Structure, Sublayer, find_structure, remove_sublayer, set_module, stub_from_spec
 
 if TYPE_CHECKING:
@@ -200,9 +200,9 @@ def _remove(model: PreTrainedModel, sublayer: Sublayer, before: float, after: fl
 def _sizes(model: PreTrainedModel) -> tuple[int, int]:
     """Parameters that the model stands for, and bytes as stored: 16 bits for each number that is not packed."""
     dense = sum(p.numel() for p in model.parameters())
-    packed = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
-    buffers = [b for m in packed for b in m.buffers()]
+    packed = [layer for layer in kernel_layers(model) if list(layer.buffers())]
+    buffers = [b for layer in packed for b in layer.buffers()]
     return (
-        dense + sum(m.in_features * m.out_features for m in packed),
+        dense + sum(layer.parameter_count() for layer in packed),
         2 * dense + sum(b.numel() * (2 if b.is_floating_point() else b.element_size()) for b in buffers),
     )

@@ -20,8 +20,9 @@ from torch import nn
 from tensorpress.compressors.base import Calibration, Compressor, LayerReport, Report
 from tensorpress.compressors.distances import KLDivergence
 from tensorpress.errors import InputError, StepError
-from tensorpress.kernels.mpo_linear import MPOLinear
+from tensorpress.kernels.kernel_layer import kernel_layers
 from tensorpress.kernels.quantized_linear import QuantizedLinear
+from tensorpress.kernels.semi_structured_linear import SemiStructuredLinear
 from tensorpress.structure import Structure, find_structure
 
 if TYPE_CHECKING:
@@ -82,6 +83,8 @@ class Distill(Compressor):
     def check(self, model: PreTrainedModel, structure: Structure) -> None:
         if any(isinstance(module, QuantizedLinear) for module in model.modules()):
             raise InputError("distill: quantized weights cannot be trained; put it before the quantization")
+        if any(isinstance(module, SemiStructuredLinear) for module in model.modules()):
+            raise InputError("distill: packed 2:4 weights cannot be trained")
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if self.length is not None and limit is not None and self.length > limit:
             raise InputError(f"distill: length {self.length} is more than the model's {limit} positions")
@@ -274,15 +277,15 @@ class _Training:
 def _masters(model: PreTrainedModel) -> Iterator[list[nn.Parameter]]:
     """All floating parameters in float32 and with gradients; afterwards dtypes, flags and kernels are as they were.
 
-    MPO layers are computed by their reference meanwhile: faster kernels have no gradient. A tied weight is one parameter.
+    Compressed layers are computed by the kernel that has gradients meanwhile. A tied weight is one parameter.
     """
     parameters = [p for p in model.parameters() if p.is_floating_point()]
     before = [(p.dtype, p.requires_grad) for p in parameters]
-    kernels = [(m, m.kernel) for m in model.modules() if isinstance(m, MPOLinear)]
+    kernels = [(layer, layer.kernel) for layer in kernel_layers(model)]
     was_training = model.training
     model.eval()
     for layer, _ in kernels:
-        layer.kernel = "reference"
+        layer.kernel = layer.trained_by
     for parameter in parameters:
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)

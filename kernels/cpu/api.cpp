@@ -13,7 +13,7 @@ namespace {
 typedef void (*parallel_function)(void (*)(void *), void *, unsigned, unsigned);
 parallel_function pool = nullptr;
 int pool_process = 0;
-int highest = 2;
+int highest = 4;
 
 void take(void *pointer) {
     struct tp_task *task = (struct tp_task *)pointer;
@@ -46,9 +46,9 @@ struct Jobs {
 // Whether two layers want the same input in the same form.
 bool alike(const struct tp_call *a, const struct tp_call *b) {
     const struct tp_weights *v = a->w, *w = b->w;
-    const bool integers = a->mode == TP_INT8 && v->bits != 16;
+    const bool integers = tp_by_integers(a) && tp_by_integers(b);
     return v->inputs == w->inputs && v->group == w->group && v->groups == w->groups && v->order == w->order &&
-           (v->bits == w->bits || (integers && w->bits != 16));
+           (v->bits == w->bits || integers);
 }
 
 void prepare_tile(void *pointer, int64_t at, float *row) {
@@ -174,7 +174,7 @@ uint64_t tp_read(const void *data, int64_t bytes, int threads) {
 // What is worth a thread, for tests: 0 uses all threads for everything.
 void tp_limit_threads(int64_t work) { tp_worth_a_thread = work; }
 
-// The highest instruction set to use, for tests: 0 portable, 1 AVX2, 2 AVX-512.
+// The highest instruction set to use, for tests: 0 portable, 1 AVX2, 2 AVX-VNNI, 3 AVX-512 with VNNI, 4 with BF16, too.
 void tp_limit(int level) { highest = level; }
 
 const char *tp_instructions(void) { return tp_set()->name; }
@@ -193,13 +193,21 @@ int tp_linear(const struct tp_call *call, int threads) { return tp_multiply(call
 
 int64_t tp_worth_a_thread = (int64_t)1 << 18;
 
+#if defined(TP_EMULATED)
+#define TP_HAS(feature) true
+#else
+#define TP_HAS(feature) __builtin_cpu_supports(feature)
+#endif
+
 const struct tp_kernels *tp_set(void) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (highest >= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"))
-        return &tp_avx512;
-    if (highest >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &tp_avx2;
+    const bool vnni = TP_HAS("avx512f") && TP_HAS("avx512bw") && TP_HAS("avx512dq") && TP_HAS("avx512vl") && TP_HAS("avx512vnni");
+    const bool avx2 = TP_HAS("avx2") && TP_HAS("fma");
+    if (highest >= 4 && vnni && TP_HAS("avx512bf16")) return &tp_avx512;
+    if (highest >= 3 && vnni) return &tp_avx512vl;
+    if (highest >= 2 && avx2 && TP_HAS("avxvnni")) return &tp_avxvnni;
+    if (highest >= 1 && avx2) return &tp_avx2;
 #endif
     return &tp_portable;
 }
@@ -230,15 +238,16 @@ int tp_multiply(const struct tp_call *calls, int count, int threads) {
         for (job->prepared_by = 0; job->prepared_by < jobs.count; ++job->prepared_by)
             if (alike(call, jobs.job[job->prepared_by].call)) break;
         if (job->prepared_by == jobs.count++) {
-            const bool integers = call->mode == TP_INT8 && w->bits != 16;
-            in->parts = jobs.set->is_bf16 && !integers && call->type != TP_BF16 ? 2 : 1;
+            const bool integers = tp_by_integers(call), sparse = w->bits == TP_SPARSE;
+            in->parts = jobs.set->is_bf16 && !integers && !sparse && call->type != TP_BF16 ? 2 : 1;
             const int64_t rows = call->rows * in->parts, places = w->groups * w->group;
-            in->tile = tile_rows(rows, jobs.set->most_rows);
+            in->tile = tile_rows(rows, sparse ? 4 : jobs.set->most_rows);
             in->tiles = (rows + in->tile - 1) / in->tile;
-            in->bytes_per_tile = (size_t)(integers ? places * in->tile : places / 2 * in->tile * (int64_t)jobs.set->pair_bytes);
+            in->bytes_per_tile = (size_t)(integers ? places * in->tile : sparse ? 4 * places * in->tile : places / 2 * in->tile * (int64_t)jobs.set->pair_bytes);
             tiles += in->tiles;
             size += in->bytes_per_tile * (size_t)in->tiles + 2 * (size_t)(in->tiles * in->tile * w->groups) * 4 + 3 * TP_ALIGN;
-            scratch = scratch < (size_t)places ? (size_t)places : scratch;
+            const size_t row = (size_t)(places + (call->fill && w->order ? w->inputs : 0));
+            scratch = scratch < row ? row : scratch;
         }
     }
     if (!jobs.count) return 0;

@@ -3,7 +3,12 @@
 #include "target.h"
 TP_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")
 #include "linear.h"
+#define TP_WIDE // instructions of AVX2 are there, too
+#if defined(TP_EMULATED)
+#define TP_UNROLL
+#else
 #define TP_UNROLL _Pragma("GCC unroll 16")
+#endif
 
 namespace {
 

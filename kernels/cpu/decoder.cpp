@@ -7,26 +7,33 @@
 
 namespace {
 
+// Keys lie in tiles of 16 places.
+int64_t kept_places(const struct tp_decoder *d) { return (d->places + TP_LANES - 1) / TP_LANES * TP_LANES; }
+
 struct Pass {
     const struct tp_decoder *d;
     const struct tp_vector *vector;
     int64_t rows, first; // new tokens, and the place of the first
     int64_t size;        // bytes of a number of type d->type
     int threads;
-    float *state, *added, *query, *key, *value, *gate, *up; // [rows][...]
-    char *x;                                                // [rows][widest input], of d->type
+    float *state, *query, *key, *value, *gate, *up; // [rows][...]
+    char *x;                                        // [rows][heads of queries], of d->type
     // of the step that runs
     const struct tp_block *block;
     const float *weight;
-    int64_t skipped, width;
-    bool adds;
+    int64_t skipped, width, together; // rows of queries that are worked on at once
 };
 
-void norm_row(void *pointer, int64_t at, float *) {
-    struct Pass *p = (struct Pass *)pointer;
-    const int64_t row = at + p->skipped, hidden = p->d->hidden;
-    p->vector->norm(p->state + row * hidden, p->adds ? p->added + row * hidden : nullptr, p->weight, hidden, p->d->epsilon,
-                    p->x + at * hidden * p->size, p->d->type);
+// A row of what a sublayer starts from: the norm of the state.
+void fill_norm(const void *pointer, int64_t row, float *to) {
+    const struct Pass *p = (const struct Pass *)pointer;
+    const int64_t hidden = p->d->hidden;
+    p->vector->norm(p->state + (row + p->skipped) * hidden, p->weight, hidden, p->d->epsilon, p->d->type, to);
+}
+
+void fill_activation(const void *pointer, int64_t row, float *to) {
+    const struct Pass *p = (const struct Pass *)pointer;
+    p->vector->activate(p->gate + row * p->width, p->up + row * p->width, p->width, p->d->activation, p->d->type, to);
 }
 
 // Rotate the row's queries and key, and keep its key and value.
@@ -40,48 +47,38 @@ void place_row(void *pointer, int64_t row, float *) {
     p->vector->rotate(query, b->heads, head, b->query_norm, d->epsilon, cosine, sine);
     p->vector->rotate(key, b->shared, head, b->key_norm, d->epsilon, cosine, sine);
     for (int64_t g = 0; g < b->shared; ++g) {
-        const int64_t to = (g * d->places + place) * head * p->size;
-        p->vector->keep(key + g * head, head, (char *)b->keys + to, d->type);
-        p->vector->keep(p->value + (row * b->shared + g) * head, head, (char *)b->values + to, d->type);
+        const int64_t of_group = g * kept_places(d) * head;
+        p->vector->keep(key + g * head, head, (char *)b->keys + (of_group + place / TP_LANES * TP_LANES * head + place % TP_LANES) * p->size,
+                        TP_LANES, d->type);
+        p->vector->keep(p->value + (row * b->shared + g) * head, head, (char *)b->values + (of_group + place * head) * p->size, 1, d->type);
     }
 }
 
-void attend_head(void *pointer, int64_t at, float *scratch) {
+void attend_rows(void *pointer, int64_t at, float *scratch) {
     struct Pass *p = (struct Pass *)pointer;
     const struct tp_decoder *d = p->d;
     const struct tp_block *b = p->block;
-    const int64_t row = p->rows - 1 - at / b->shared, g = at % b->shared, each = b->heads / b->shared; // the longest first
-    const int64_t kept = g * d->places * d->head * p->size, query = (row * b->heads + g * each) * d->head;
-    const struct tp_attention a = {p->query + query, (char *)b->keys + kept, (char *)b->values + kept, p->x + query * p->size, scratch,
-                                   each, d->head, p->first + row + 1, d->scale, d->type};
+    const int64_t tiles = (p->rows + p->together - 1) / p->together;
+    const int64_t row = (tiles - 1 - at / b->shared) * p->together, g = at % b->shared, each = b->heads / b->shared; // the longest first
+    const int64_t kept = g * kept_places(d) * d->head * p->size, query = (row * b->heads + g * each) * d->head;
+    const int64_t rows = p->rows - row < p->together ? p->rows - row : p->together;
+    const struct tp_attention a = {p->query + query, (char *)b->keys + kept, (char *)b->values + kept, p->x + query * p->size, scratch, rows,
+                                   each, b->heads * d->head, d->head, p->first + row, d->scale, d->type};
     p->vector->attend(&a);
 }
 
-void activate_row(void *pointer, int64_t row, float *) {
-    struct Pass *p = (struct Pass *)pointer;
-    const int64_t width = p->width;
-    p->vector->activate(p->gate + row * width, p->up + row * width, width, p->d->activation, p->x + row * width * p->size, p->d->type);
-}
-
-// `work` is what one row takes
+// `work` is what one of them takes
 int each_row(struct Pass *p, void (*step)(void *, int64_t, float *), int64_t count, int64_t work, size_t scratch) {
     struct tp_task task = {step, p, count, scratch, 0, 0};
     return tp_spread(&task, tp_threads_for(count * work, p->threads));
 }
 
-// state += what the last sublayer gave; x = the norm of the rows from `skipped` on
-int norm_all(struct Pass *p, const float *weight, int64_t skipped) {
-    p->weight = weight;
-    p->skipped = skipped;
-    const int problem = each_row(p, norm_row, p->rows - skipped, 2 * p->d->hidden, 0);
-    p->adds = false;
-    return problem;
-}
-
-// y[i] = x w[i]^T for several layers of one input
-int multiply(const struct Pass *p, int64_t rows, int count, const struct tp_weights *const *w, float *const *y) {
+// y[i] = x w[i]^T for several layers of one input, which `fill` makes
+int multiply(const struct Pass *p, int64_t rows, int count, const struct tp_weights *const *w, float *const *y,
+             void (*fill)(const void *, int64_t, float *), bool adds) {
     struct tp_call calls[TP_TOGETHER];
-    for (int i = 0; i < count; ++i) calls[i] = {w[i], p->x, y[i], rows, w[i]->inputs, p->d->type, p->d->mode, TP_F32};
+    for (int i = 0; i < count; ++i)
+        calls[i] = {w[i], fill ? (const void *)p : p->x, y[i], rows, w[i]->inputs, p->d->type, p->d->mode, TP_F32, adds, fill};
     return tp_multiply(calls, count, p->threads);
 }
 
@@ -89,18 +86,22 @@ int attention(struct Pass *p) {
     const struct tp_block *b = p->block;
     const struct tp_weights *in[3] = {b->q, b->k, b->v};
     float *const to[3] = {p->query, p->key, p->value};
-    const size_t scores = (size_t)(b->heads / b->shared) * (size_t)(p->first + p->rows);
-    return norm_all(p, b->attention_norm, 0) || multiply(p, p->rows, 3, in, to) || each_row(p, place_row, p->rows, 2 * b->heads * p->d->head, 0) ||
-           each_row(p, attend_head, p->rows * b->shared, 2 * (int64_t)scores * p->d->head, scores) || multiply(p, p->rows, 1, &b->o, &p->added);
+    const int64_t each = b->heads / b->shared, places = p->first + p->rows, head = p->d->head;
+    p->weight = b->attention_norm;
+    p->together = each < 8 ? 8 / each : 1;
+    const int64_t tiles = (p->rows + p->together - 1) / p->together;
+    return multiply(p, p->rows, 3, in, to, fill_norm, false) || each_row(p, place_row, p->rows, 2 * b->heads * head, 0) ||
+           each_row(p, attend_rows, tiles * b->shared, 2 * p->together * each * places * head, (size_t)(4 * (places + TP_LANES))) ||
+           multiply(p, p->rows, 1, &b->o, &p->state, nullptr, true);
 }
 
 int feed_forward(struct Pass *p) {
     const struct tp_block *b = p->block;
     const struct tp_weights *in[2] = {b->gate, b->up};
     float *const to[2] = {p->gate, p->up};
+    p->weight = b->feed_forward_norm;
     p->width = b->gate->outputs;
-    return norm_all(p, b->feed_forward_norm, 0) || multiply(p, p->rows, 2, in, to) || each_row(p, activate_row, p->rows, 8 * p->width, 0) ||
-           multiply(p, p->rows, 1, &b->down, &p->added);
+    return multiply(p, p->rows, 2, in, to, fill_norm, false) || multiply(p, p->rows, 1, &b->down, &p->state, fill_activation, true);
 }
 
 int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -116,15 +117,15 @@ int64_t lay_out(struct Pass *p, char *room) {
         if (b->attention_norm) heads = larger(heads, b->heads), shared = larger(shared, b->shared);
         if (b->feed_forward_norm) width = larger(width, b->gate->outputs);
     }
-    const int64_t sizes[] = {d->hidden, d->hidden, heads * d->head, shared * d->head, shared * d->head, width, width};
-    float **const arrays[] = {&p->state, &p->added, &p->query, &p->key, &p->value, &p->gate, &p->up};
+    const int64_t sizes[] = {d->hidden, heads * d->head, shared * d->head, shared * d->head, width, width};
+    float **const arrays[] = {&p->state, &p->query, &p->key, &p->value, &p->gate, &p->up};
     int64_t at = 0;
-    for (int i = 0; i < 7; ++i) {
+    for (int i = 0; i < 6; ++i) {
         *arrays[i] = room ? (float *)(room + at) : nullptr;
         at += aligned(p->rows * sizes[i] * 4);
     }
     p->x = room ? room + at : nullptr;
-    return at + aligned(p->rows * larger(larger(d->hidden, heads * d->head), width) * p->size);
+    return at + aligned(p->rows * heads * d->head * p->size);
 }
 
 void embed(const struct Pass *p, const int64_t *tokens) {
@@ -163,17 +164,14 @@ extern "C" int tp_decode(const struct tp_decoder *d, const int64_t *tokens, int6
     int problem = 0;
     for (int64_t i = 0; i < d->blocks && !problem; ++i) {
         pass.block = &d->block[i];
-        if (pass.block->attention_norm) {
-            problem = attention(&pass);
-            pass.adds = true;
-        }
-        if (pass.block->feed_forward_norm && !problem) {
-            problem = feed_forward(&pass);
-            pass.adds = true;
-        }
+        if (pass.block->attention_norm) problem = attention(&pass);
+        if (pass.block->feed_forward_norm && !problem) problem = feed_forward(&pass);
     }
-    if (!problem && wanted > 0)
-        problem = norm_all(&pass, d->norm, rows - wanted) || multiply(&pass, wanted, 1, &d->top, &logits);
+    if (!problem && wanted > 0) {
+        pass.weight = d->norm;
+        pass.skipped = rows - wanted;
+        problem = multiply(&pass, wanted, 1, &d->top, &logits, fill_norm, false);
+    }
     free(room);
     return problem ? -1 : 0;
 }

@@ -9,7 +9,7 @@ struct tp_block {
     const struct tp_weights *q, *k, *v, *o, *gate, *up, *down;
     const float *query_norm, *key_norm; // [head] or null
     int64_t heads, shared;
-    void *keys, *values; // [shared][places][head], of the decoder's type
+    void *keys, *values; // [shared][places / 16][head][16] and [shared][places][head], of the decoder's type; places up to a multiple of 16
 };
 
 struct tp_decoder {

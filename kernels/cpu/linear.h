@@ -7,7 +7,8 @@
 //   2 bits: 16 inputs, byte j holds inputs j, 4 + j, 8 + j, 12 + j, from the lowest bits up;
 //   3 bits: 32 inputs in three planes: the two low bits of inputs 0 to 15 and of 16 to 31 as above, then the high bits, of which bit s
 //           of byte j belongs to input 4 s + j;
-//   16 bits: no integers but bf16, 4 inputs in two planes: inputs 0 and 2 of each lane, inputs 1 and 3.
+//   16 bits: no integers but bf16, 4 inputs in two planes: inputs 0 and 2 of each lane, inputs 1 and 3;
+//   TP_SPARSE: see sparse.inc.
 // So four inputs side by side are the four bytes of a lane after one shift and one mask, which is what vpdpbusd multiplies; and two
 // inputs that stand two apart are the halves of a lane, which is what vdpbf16ps multiplies.
 #pragma once
@@ -17,6 +18,7 @@
 
 #define TP_LANES 16
 #define TP_ALIGN 64
+#define TP_SPARSE 9 // bits of a weight of 2:4 sparsity in bf16: two of 16 and two places of 2 for four
 
 enum tp_mode { TP_WEIGHT_ONLY = 0, TP_INT8 = 1 };
 enum tp_activation { TP_SILU = 0, TP_GELU_TANH = 1 };
@@ -36,11 +38,13 @@ struct tp_weights {
 
 struct tp_call {
     const struct tp_weights *w;
-    const void *x; // [rows][inputs], row stride in elements
+    const void *x; // [rows][inputs], row stride in elements; or what `fill` works on
     void *y;       // [rows][outputs], contiguous
     int64_t rows, stride;
     int32_t type, mode;
-    int32_t out; // type of y
+    int32_t out;  // type of y
+    int32_t adds; // to y, which is fp32 then
+    void (*fill)(const void *x, int64_t row, float *to); // makes a row [inputs] of the input; null where it lies in memory
 };
 
 // The input as the kernel of a mode wants it. Where the kernel multiplies bf16 and the input is finer, a row is two here: what bf16 has of
@@ -54,6 +58,9 @@ struct tp_input {
     size_t bytes_per_tile;
 };
 
+// Whether inputs are rounded to integers.
+static inline bool tp_by_integers(const struct tp_call *call) { return call->mode == TP_INT8 && call->w->bits <= 8; }
+
 // What an instruction set provides.
 struct tp_kernels {
     const char *name;
@@ -65,26 +72,29 @@ struct tp_kernels {
     const struct tp_vector *vector;
 };
 
-// Queries of one row that share their keys and values, which are [places][head] of `type`; the result is [queries][head] of `type`.
+// Queries of some rows, `each` of a row, that share keys and values, which are of `type`: keys [places / 16][head][16], values [places][head].
+// A row sees what lies before it, and itself; the place of the first is `first`. Rows of queries and of the result are `stride` apart.
 struct tp_attention {
-    const float *query; // [queries][head]
+    const float *query; // [rows][each][head]
     const void *keys, *values;
-    void *out;
-    float *scores; // room for [queries][places]
-    int64_t queries, head, places;
+    void *out;     // as the queries, of `type`
+    float *scores; // room for [rows * each][places + 15]
+    int64_t rows, each, stride, head, first;
     float scale;
     int32_t type;
 };
 
-// What lies between the linear layers of a decoder.
+// What lies between the linear layers of a decoder. Numbers are rounded to `type`.
 struct tp_vector {
-    // state += added (if any); out = weight * state / root of the mean of its squares
-    void (*norm)(float *state, const float *added, const float *weight, int64_t count, float epsilon, void *out, int type);
+    // to = weight * state / root of the mean of its squares
+    void (*norm)(const float *state, const float *weight, int64_t count, float epsilon, int type, float *to);
     // each head: normalised (if weight), then its halves rotated
     void (*rotate)(float *heads, int64_t count, int64_t head, const float *weight, float epsilon, const float *cosine, const float *sine);
     void (*attend)(const struct tp_attention *);
-    void (*activate)(const float *gate, const float *up, int64_t count, int kind, void *out, int type);
-    void (*keep)(const float *x, int64_t count, void *out, int type);
+    // to = activation(gate) * up
+    void (*activate)(const float *gate, const float *up, int64_t count, int kind, int type, float *to);
+    // with `apart` numbers between one and the next
+    void (*keep)(const float *x, int64_t count, void *out, int64_t apart, int type);
 };
 
 extern "C" {
@@ -92,6 +102,7 @@ extern const struct tp_kernels tp_portable;
 #if defined(__x86_64__)
 extern const struct tp_kernels tp_avx2;
 extern const struct tp_kernels tp_avxvnni;
+extern const struct tp_kernels tp_avx512vl;
 extern const struct tp_kernels tp_avx512;
 #endif
 }

@@ -23,9 +23,13 @@ STYLES = {
     "4 bits": ("4", "yellow"),
     "3 bits": ("3", "dark_orange"),
     "2 bits": ("2", "magenta"),
+    "block diagonal": ("◩", "blue"),
+    "2:4": ("▥", "bright_green"),
     "removed": ("×", "red"),
 }
 NOT_THERE = ("·", "dim")
+FORMS = {"gptq": "{bits} bits", "block_diagonal": "block diagonal", "semi_structured": "2:4"}
+"""How forms of layers are called here, where their own names are another."""
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -147,8 +151,7 @@ def show(found: dict[str, Any], layers: bool) -> None:
 
 def _layers(model: Any, structure: Any) -> list[dict[str, Any]]:
     from tensorpress.evaluators.speed import resident_bytes
-    from tensorpress.kernels.mpo_linear import MPOLinear
-    from tensorpress.kernels.quantized_linear import QuantizedLinear
+    from tensorpress.kernels.kernel_layer import KernelLayer
     from tensorpress.structure import linear_shape
 
     rows = []
@@ -157,28 +160,23 @@ def _layers(model: Any, structure: Any) -> list[dict[str, Any]]:
             for path in sublayer.paths:
                 layer = model.get_submodule(path)
                 shape = linear_shape(layer)
-                quantized = isinstance(layer, QuantizedLinear)
                 stored = resident_bytes(layer)
-                if quantized:
-                    count = math.prod(shape) + (shape[0] if layer.bias is not None else 0)
-                else:
-                    count = sum(parameter.numel() for parameter in layer.parameters())
+                spec: dict[str, Any] = {"form": "dense"}
+                count = sum(parameter.numel() for parameter in layer.parameters())
+                if isinstance(layer, KernelLayer):
+                    spec, count = layer.spec(), layer.parameter_count()
                 rows.append(
                     {
                         "layer": path,
                         "block": block.index,
                         "sublayer": sublayer.kind,
                         "kind": path.removeprefix(block.path + "."),
-                        "form": f"{layer.bits} bits"
-                        if quantized
-                        else "mpo"
-                        if isinstance(layer, MPOLinear)
-                        else "dense",
+                        "form": FORMS.get(spec["form"], spec["form"]).format(**spec),
                         "shape": list(shape),
                         "parameters": count,
                         "bytes": stored,
                         "bits_per_weight": 8 * stored / math.prod(shape),
-                        "bonds": list(layer.bonds) if isinstance(layer, MPOLinear) else None,
+                        "bonds": spec.get("bonds"),
                     }
                 )
     return rows

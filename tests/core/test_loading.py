@@ -13,15 +13,19 @@ from transformers import AutoModel, AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 import tensorpress
-from tensorpress.artifact import save_model
+from tensorpress.artifact import plain_gptq, save_model
 from tensorpress.compressors.decompose.mpo import MPO
 from tensorpress.compressors.quantize.gptq import GPTQ
 from tensorpress.errors import InputError
+from tensorpress.evaluators.size import original_parameters
+from tensorpress.kernels.block_diagonal_linear import BlockDiagonalLinear
+from tensorpress.kernels.kernel_layer import kernel_layers
 from tensorpress.kernels.mpo_linear import MPOLinear
 from tensorpress.kernels.quantized_linear import QuantizedLinear
-from tensorpress.loading import apply_layers, layers_of, load, module_from_spec
+from tensorpress.kernels.semi_structured_linear import SemiStructuredLinear
+from tensorpress.loading import apply_layers, layers_of, load, module_from_spec, outline, use_quick_kernels
 from tensorpress.quantizer import register
-from tensorpress.structure import find_structure, remove_sublayer
+from tensorpress.structure import find_structure, linear_weight, remove_sublayer, set_module
 
 NAMES = ["llama", "gpt2", "bert", "gemma3", "opt", "gpt_neox"]
 
@@ -60,6 +64,87 @@ def test_a_mix_opens_with_equal_logits(mixed, make_ids, outputs, tmp_path, name,
         assert type(opened) is type(model) and layers_of(opened) == layers_of(model)
         torch.testing.assert_close(outputs(opened, ids), expected, rtol=0, atol=1e-5)
     assert not load(tmp_path).training
+
+
+@pytest.fixture
+def structured(make_model):
+    """A model with low-rank, block-diagonal and 2:4 layers, and dense ones."""
+
+    def make(name):
+        model = make_model(name)
+        for place, path in enumerate(find_structure(model).linear_paths):
+            dense = model.get_submodule(path)
+            weight, bias = linear_weight(dense).detach(), dense.bias
+            outputs, inputs = weight.shape
+            if place % 4 == 0:
+                left, _, right = torch.linalg.svd(weight)
+                set_module(model, path, MPOLinear.from_low_rank(left[:, :5], right[:5], bias))
+            if place % 4 == 1:
+                blocks = torch.randn(2, outputs // 2, inputs // 2) / inputs**0.5
+                set_module(model, path, BlockDiagonalLinear.from_blocks(blocks, bias))
+            if place % 4 == 2:
+                pruned = weight * torch.tensor([1, 0, 0, 1]).repeat(inputs // 4)
+                set_module(model, path, SemiStructuredLinear.from_dense(pruned, bias))
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_structured_layers_open_with_equal_logits(structured, make_ids, outputs, tmp_path, name, stored, plain_kernels):
+    model, ids = structured(name), make_ids(2, 9)
+    assert {spec["form"] for spec in layers_of(model).values()} == {"mpo", "block_diagonal", "semi_structured"}
+    save_model(model, tmp_path, stored)
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32, torch.uint8}
+    assert {t.dtype for t in load_file(tmp_path / "model.safetensors").values()} == {stored, torch.uint8}
+    expected = outputs(model, ids)
+    for opened in (
+        load(tmp_path, dtype=torch.float32),
+        auto(name).from_pretrained(tmp_path, dtype=torch.float32).eval(),
+    ):
+        assert layers_of(opened) == layers_of(model) and {layer.kernel for layer in kernel_layers(opened)} == {"auto"}
+        torch.testing.assert_close(outputs(opened, ids), expected, rtol=0, atol=1e-5)
+    use_quick_kernels(opened)
+    assert {layer.kernel for layer in kernel_layers(opened)} == {"matrix", "reference"}
+    torch.testing.assert_close(outputs(opened, ids), expected, rtol=0, atol=1e-5)
+    plain = load(tmp_path)
+    assert {t.dtype for t in plain.state_dict().values()} == {stored, torch.uint8}
+    assert original_parameters(tmp_path) == sum(p.numel() for p in model.parameters()) + sum(
+        layer.parameter_count() for layer in kernel_layers(model) if isinstance(layer, SemiStructuredLinear)
+    )
+    assert plain_gptq(model) is None
+    assert layers_of(outline(tmp_path)) == layers_of(model)
+
+
+def test_structured_layers_that_choose_their_kernels(structured, make_ids, outputs, tmp_path):
+    save_model(structured("llama"), tmp_path, torch.float32)
+    opened, ids = load(tmp_path), make_ids(2, 9)
+    found = outputs(opened, ids)
+    assert all(layer.taken for layer in kernel_layers(opened))
+    torch.testing.assert_close(found, outputs(load(tmp_path, kernels="reference"), ids), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.float32, torch.bool])
+def test_indices_of_another_type(structured, tmp_path, one_line, dtype):
+    save_model(structured("llama"), tmp_path, torch.float32)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in sorted(tensors) if name.endswith(".indices"))
+    save_file({**tensors, name: tensors[name].to(dtype)}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError) as caught:
+        load(tmp_path)
+    one_line(caught, f"tensor {name} is stored as .*; packed integers are U8")
+
+
+def test_indices_that_name_one_place_twice(structured, tmp_path, one_line):
+    save_model(structured("llama"), tmp_path, torch.float32)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in sorted(tensors) if name.endswith(".indices"))
+    tensors[name][1, 2] = 0
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError) as caught:
+        load(tmp_path)
+    one_line(caught, f"{name.removesuffix('.indices')}: indices: row 1, inputs from 16: the place 0 is not before 0")
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
@@ -258,7 +343,10 @@ FIRST = "model.layers.0.mlp.up_proj"
 @pytest.mark.parametrize(
     ("edit", "parts"),
     [
-        (lambda q: q["layers"][FIRST].update(form="tucker"), ["unknown form 'tucker'", "known: mpo, gptq, removed"]),
+        (
+            lambda q: q["layers"][FIRST].update(form="tucker"),
+            ["unknown form 'tucker'", "known: mpo, gptq, block_diagonal, semi_structured, removed"],
+        ),
         (lambda q: q.update(format_version=2), ["artifact format 2 is newer than this tensorpress reads .1."]),
         (
             lambda q: q["layers"].update({"model.layers.9.mlp": {"form": "removed"}}),

@@ -8,9 +8,13 @@ import torch
 from tensorpress.evaluators import reading
 from tensorpress.evaluators.backends import backends_of, measure
 from tensorpress.evaluators.reading import COMPILED, TRANSFORMERS, CompiledReader, TransformersReader, reader_for
+from tensorpress.evaluators.speed import resident_bytes
 from tensorpress.kernels import cpu_linear
+from tensorpress.kernels.block_diagonal_linear import BlockDiagonalLinear
 from tensorpress.kernels.mpo_linear import MPOLinear
 from tensorpress.kernels.quantized_linear import QuantizedLinear
+from tensorpress.kernels.semi_structured_linear import SemiStructuredLinear
+from tensorpress.loading import use_kernels
 from tensorpress.structure import find_structure, set_module
 
 built = pytest.mark.skipif(cpu_linear.compiled() is None, reason="the compiled kernels were not built")
@@ -103,6 +107,22 @@ def test_a_row_for_each_backend_and_batch(quantized, make_model):
     assert memory["original", "torch", TRANSFORMERS] < memory["original", "cpu", COMPILED]
     named = next(r["kernels"] for r in rows if r["backend"] == "cpu_int8" and r["runner"] == TRANSFORMERS)
     assert named["quantized_linear:cpu_int8"] == 14
+
+
+def test_structured_layers_are_measured_and_counted(make_model):
+    model = make_model("llama")
+    weight = torch.randn(48, 32) * torch.tensor([0, 1, 1, 0]).repeat(8)
+    set_module(model, "model.layers.0.mlp.up_proj", SemiStructuredLinear.from_dense(weight, None))
+    set_module(model, "model.layers.0.mlp.gate_proj", BlockDiagonalLinear.from_blocks(torch.randn(2, 24, 16), None))
+    made = {backend.name: backend for backend in backends_of(model, "model", "auto", [2], 12)}
+    assert {"blocks", "matrix"} <= made.keys() and "reference" not in made
+    rows = {row["backend"]: row for row in measure([*made.values()], torch.randint(64, (2, 5)), 2, 1)}
+    assert rows["blocks"]["kernels"]["block_diagonal_linear:blocks"] == 1
+    assert rows["matrix"]["kernels"]["semi_structured_linear:matrix"] == 1
+    kept = 2 * 4 * 48 * 32
+    assert resident_bytes(model) >= rows["matrix"]["peak_memory_bytes"]
+    use_kernels(model, "reference")
+    assert rows["matrix"]["peak_memory_bytes"] == resident_bytes(model) + kept
 
 
 def test_one_backend_by_name_and_mpo_layers(make_model):

@@ -22,6 +22,8 @@ HERE = settings(
 Q = "model.layers.0.self_attn.q_proj"
 MPO = {"form": "mpo", "out_factors": [4, 8], "in_factors": [4, 8], "bonds": [4], "bias": False}
 GPTQ = {"form": "gptq", "in_features": 32, "out_features": 32, "bits": 4, "group_size": 16, "zero_offset": 1, "bias": False}  # fmt: skip
+BLOCKS = {"form": "block_diagonal", "in_features": 32, "out_features": 32, "block_count": 4, "bias": False}
+HALF = {"form": "semi_structured", "in_features": 32, "out_features": 32, "bias": False}
 REMOVED = {"form": "removed_attention", "out_features": 32, "values": 2}
 RECIPE = {
     "name": "tiny",
@@ -121,11 +123,11 @@ def test_code_beside_a_model_is_not_run(told, model, place):
 
 SPECS = {
     **{f"{base['form']} {key} {value!r:.14}": {Q: {**base, key: value}}
-       for base in (MPO, GPTQ, REMOVED) for key in base
+       for base in (MPO, GPTQ, BLOCKS, HALF, REMOVED) for key in base
        for value in (None, "x", -1, 0.5, [], {}, 10**9, 10**30, [10**9, 10**9], [-4, -8])},
     **{f"path {path:.14}": {path: REMOVED} for path in ("", "..", "x", "/etc/passwd", "model.layers.99", "__class__", Q + ".weight", "model..layers", "x" * 9000)},
     **{f"place {path}": {path: MPO} for path in ("model", "model.layers", "model.layers.0", "model.embed_tokens", "model.norm")},
-    **{f"spec {i}": {Q: value} for i, value in enumerate((None, "x", {}, [], {"form": []}, {**MPO, "bonds": [4, 4]}, {**MPO, "more": 1}))},
+    **{f"spec {i}": {Q: value} for i, value in enumerate((None, "x", {}, [], {"form": []}, {**MPO, "bonds": [4, 4]}, {**MPO, "more": 1}, {**BLOCKS, "block_count": 5}, {**HALF, "more": 1}))},
     **{f"layers {i}": value for i, value in enumerate(([1], "x", 3, {Q + ".x": None}))},
 }  # fmt: skip
 

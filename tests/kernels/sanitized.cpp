@@ -28,16 +28,33 @@ tp_weights dense(std::mt19937 &random, int64_t outputs, int64_t inputs) {
     return {outputs, inputs, blocks, 1, group, 16, (const uint8_t *)data, scale, nullptr, nullptr, nullptr};
 }
 
+// Multiplies with random bits as weights of 2:4 sparsity.
+long sparse(std::mt19937 &random) {
+    const int64_t inputs = 1 + random() % 200, outputs = 1 + random() % 50, units = (inputs + 31) / 32, blocks = (outputs + TP_LANES - 1) / TP_LANES;
+    uint8_t *data = room<uint8_t>(blocks * units * 64 * TP_SPARSE);
+    for (int64_t i = 0; i < blocks * units * 64 * TP_SPARSE; ++i) data[i] = (uint8_t)random();
+    const tp_weights w = {outputs, inputs, blocks, 1, 32 * units, TP_SPARSE, data, nullptr, nullptr, nullptr, nullptr};
+    long calls = 0;
+    for (int64_t rows : {1, 2, 5}) {
+        std::vector<float> x(rows * inputs, 1.0f), y(rows * outputs);
+        const tp_call call = {&w, x.data(), y.data(), rows, inputs, TP_F32, TP_INT8, TP_F32, calls % 2 == 1, nullptr};
+        if (tp_linear(&call, 1)) abort();
+        ++calls;
+    }
+    free(data);
+    return calls;
+}
+
 // Reads a text in parts; every array is as large as it has to be.
 long decode(std::mt19937 &random, int mode, int type) {
     const int64_t shared = 1 + random() % 2, heads = shared * (1 + random() % 3), head = 2 * (1 + random() % 20), hidden = 1 + random() % 70;
-    const int64_t width = 1 + random() % 90, vocabulary = 1 + random() % 50, places = 24, size = type == TP_F32 ? 4 : 2;
+    const int64_t width = 1 + random() % 90, vocabulary = 1 + random() % 50, places = 24, kept_places = 32, size = type == TP_F32 ? 4 : 2;
     tp_weights w[] = {dense(random, heads * head, hidden), dense(random, shared * head, hidden), dense(random, shared * head, hidden),
                       dense(random, hidden, heads * head), dense(random, width, hidden), dense(random, width, hidden),
                       dense(random, hidden, width), dense(random, vocabulary, hidden)};
     std::vector<float> ones(hidden > head ? hidden : head, 1.0f), angles(places * head, 0.7f), embedding(vocabulary * hidden, 0.1f);
     std::vector<uint8_t> kept[4];
-    for (auto &k : kept) k.resize(shared * places * head * size);
+    for (auto &k : kept) k.resize(shared * kept_places * head * size);
     tp_block blocks[3] = {};
     for (int i = 0; i < 3; ++i) {
         blocks[i] = {ones.data(), ones.data(), w, w + 1, w + 2, w + 3, w + 4, w + 5, w + 6, i ? ones.data() : nullptr, nullptr, heads, shared,
@@ -90,7 +107,7 @@ int main(int, char **arguments) {
                         const size_t size = type == TP_F32 ? 4 : 2;
                         std::vector<uint8_t> x(rows * inputs * size), y(rows * outputs * size);
                         for (auto &byte : x) byte = (uint8_t)random(); // any bits: NaN, infinite and all
-                        const tp_call call = {&w, x.data(), y.data(), rows, inputs, type, mode, type};
+                        const tp_call call = {&w, x.data(), y.data(), rows, inputs, type, mode, type, 0, nullptr};
                         if (tp_linear(&call, 1)) return 1;
                         ++calls;
                     }
@@ -99,6 +116,7 @@ int main(int, char **arguments) {
     for (int mode : {TP_WEIGHT_ONLY, TP_INT8})
         for (int type : {TP_F32, TP_BF16})
             for (int round = 0; round < 20; ++round) calls += decode(random, mode, type);
+    for (int round = 0; round < 20; ++round) calls += sparse(random);
     std::printf("calls %ld with %s\n", calls, tp_instructions());
     return 0;
 }

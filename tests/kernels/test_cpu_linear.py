@@ -267,7 +267,7 @@ def test_a_layer_that_changes_is_packed_again(seed):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
-@pytest.mark.parametrize("level", ["0", "1", "2"])
+@pytest.mark.parametrize("level", ["0", "1", "2", "3", "4"])
 def test_sanitizers_find_nothing(tmp_path_factory, level):
     program = tmp_path_factory.getbasetemp() / "sanitized"
     if not program.exists():

@@ -134,3 +134,35 @@ def test_factors_and_bonds_that_do_not_belong_together():
         MPOLinear((2, 3), (2, 3), (1, 2), bias=False)
     with pytest.raises(ValueError, match="bond"):
         MPOLinear((2, 3, 4), (2, 3), (1,), bias=False)
+
+
+@pytest.mark.parametrize(("outputs", "rank", "inputs"), [(12, 3, 10), (1, 1, 5), (7, 2, 1), (40, 30, 24)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_low_rank_is_two_plain_products(seed, outputs, rank, inputs, bias):
+    left, right = torch.randn(outputs, rank).double(), torch.randn(rank, inputs).double()
+    shift = torch.randn(outputs).double() if bias else None
+    layer = MPOLinear.from_low_rank(left, right, shift).requires_grad_(False)
+    assert torch.equal(layer.dense_weight(), left @ right) and layer.bonds == (rank,)
+    for shape in ((0,), (1,), (2, 3)):
+        x = torch.randn(*shape, inputs).double()
+        expected = x @ right.T @ left.T + (0 if shift is None else shift)
+        for layer.kernel in ("reference", "chain", "matrix", "dense"):
+            torch.testing.assert_close(layer(x), expected, rtol=1e-11, atol=1e-11)
+    layer.kernel = "chain"
+    with FlopCounterMode(display=False) as counted:
+        layer(torch.randn(1, inputs).double())
+    assert counted.get_total_flops() == 2 * rank * (outputs + inputs)
+    assert layer.kept_bytes(["chain"]) == 0  # it multiplies with the factors where they lie
+
+
+def test_the_reference_of_a_low_rank_never_makes_the_largest_tensor(seed):
+    layer = MPOLinear.from_low_rank(torch.randn(40, 4), torch.randn(4, 30), None)
+    with FlopCounterMode(display=False) as counted:
+        layer(torch.randn(2, 30)).sum().backward()
+    assert counted.get_total_flops() <= 3 * 2 * 2 * 4 * (40 + 30)
+    assert all(core.grad is not None for core in layer.cores)
+
+
+def test_factors_of_two_ranks_are_refused():
+    with pytest.raises(ValueError, match="3 columns, the right one 4 rows"):
+        MPOLinear.from_low_rank(torch.zeros(5, 3), torch.zeros(4, 5), None)

@@ -1,0 +1,93 @@
+"""The quantized layer under torch.compile: one graph, the layer's numbers, one set of packed weights."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+from tensorpress.kernels import cpu_linear, operators
+from tensorpress.kernels.quantized_linear import QuantizedLinear
+
+KERNELS = ["auto", "reference", *(["cpu", "cpu_int8"] if cpu_linear.compiled() is not None else [])]
+
+
+def make(inputs=96, outputs=24, bits=4, bias=True):
+    zeros = torch.randint(1, 1 << bits, (inputs // 32, outputs))
+    return QuantizedLinear.from_integers(
+        torch.randint(0, 1 << bits, (inputs, outputs)), zeros, torch.rand(inputs // 32, outputs), torch.arange(inputs) // 32,
+        bits, 32, torch.randn(outputs) if bias else None,
+    )  # fmt: skip
+
+
+def arguments(layer, x, kernel):
+    return (
+        x, layer.qweight, layer.qzeros, layer.scales, layer.g_idx, layer.bias, layer.bits, layer.group_size, layer.zero_offset, kernel,
+    )  # fmt: skip
+
+
+def whole(model):
+    """Compiled without a break, else it raises."""
+    torch.compiler.reset()
+    return torch.compile(model, fullgraph=True, backend="aot_eager")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_it_is_an_operator_as_torch_wants_them(kernel, seed):
+    layer = make(bias=kernel != "reference")
+    for x in (torch.randn(3, 96), torch.randn(2, 5, 96).bfloat16()):
+        torch.library.opcheck(operators.quantized_linear, arguments(layer, x, kernel))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_compiled_it_is_one_graph_with_the_same_numbers(kernel, seed):
+    model = nn.Sequential(make(), nn.SiLU(), nn.Linear(24, 64), make(64, 8))
+    for layer in model:
+        layer.kernel = kernel
+    with torch.no_grad():
+        for rows in (1, 7):
+            x = torch.randn(rows, 96)
+            wanted = model(x)
+            assert torch.allclose(whole(model)(x), wanted, atol=1e-5 * float(wanted.abs().max()))
+
+
+@pytest.mark.skipif(cpu_linear.compiled() is None, reason="the compiled kernels were not built")
+def test_packed_weights_are_shared_made_anew_and_let_go(seed):
+    layer, x = make(), torch.randn(2, 96)
+    layer.kernel = "cpu"
+    compiled = whole(layer)
+    with torch.no_grad():
+        before, eager = compiled(x), layer(x)
+        assert torch.equal(before, eager)
+        assert operators._layers[layer.qweight].packed is layer.packed
+        layer.scales.mul_(2)
+        assert not torch.equal(compiled(x), before) and torch.equal(compiled(x), layer(x))
+    known = len(operators._layers)
+    compiled = layer = None
+    torch.compiler.reset()
+    gc.collect()
+    assert len(operators._layers) == known - 1
+
+
+def test_a_kernel_that_there_is_not_is_refused_in_a_graph_too(seed):
+    layer = make()
+    layer.kernel = "fast"
+    with pytest.raises(ValueError, match="kernel 'fast' is not known for quantized_linear"), torch.no_grad():
+        operators.quantized_linear(*arguments(layer, torch.randn(1, 96), "fast"))
+
+
+def test_gradients_go_through_the_reference(seed):
+    layer, x = make(), torch.randn(2, 96, requires_grad=True)
+    layer.kernel = "auto"
+    whole(layer)(x).sum().backward()
+    assert torch.allclose(x.grad, layer.dense_weight().sum(0).expand(2, 96), atol=1e-4)
+
+
+def test_exported_graphs_are_plain_torch(seed):
+    layer = make().eval()
+    layer.kernel = "auto"
+    with torch.no_grad():
+        program = torch.export.export(layer, (torch.randn(2, 96),))
+    assert "tensorpress" not in str(program.graph)
