@@ -271,7 +271,7 @@ def test_a_layer_that_changes_is_packed_again(seed):
 def test_sanitizers_find_nothing(tmp_path_factory, level):
     program = tmp_path_factory.getbasetemp() / "sanitized"
     if not program.exists():
-        flags = ["-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-w"]
+        flags = ["-std=c++17", "-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-w"]
         sources = [str(path) for path in sorted(SOURCES.glob("*.cpp"))]
         main = str(Path(__file__).parent / "sanitized.cpp")
         subprocess.run(["g++", *flags, f"-I{SOURCES}", *sources, main, "-o", str(program)], check=True, timeout=300)
