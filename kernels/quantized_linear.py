@@ -59,7 +59,8 @@ class QuantizedLinear(KernelLayer):
         self.register_buffer("qweight", torch.zeros(packed_rows(in_features, bits), out_features, dtype=torch.int32))
         self.register_buffer("qzeros", torch.zeros(groups, packed_rows(out_features, bits), dtype=torch.int32))
         self.register_buffer("scales", torch.zeros(groups, out_features, dtype=torch.float16))
-        self.register_buffer("g_idx", torch.arange(in_features, dtype=torch.int32) // self.group_size)
+        of = torch.arange(groups, dtype=torch.int32)[:, None].expand(groups, self.group_size)
+        self.register_buffer("g_idx", of.reshape(-1)[:in_features].clone())
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
         self.kernel = "reference"
         """What computes it; `auto` in a model that was opened from a folder."""

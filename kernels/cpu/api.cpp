@@ -121,24 +121,47 @@ inline uint32_t field(const int32_t *stream, int64_t stride, int64_t at, int bit
     return (uint32_t)(value >> offset) & ((1u << bits) - 1u);
 }
 
-void pack_block(void *pointer, int64_t block, float *) {
-    const struct Source *from = (const struct Source *)pointer;
+// The bytes of a slice's lanes from the words of 2, 4 or 8 bits that hold just its inputs: fields that stand side by side there are strided here.
+inline uint32_t slice_word(uint32_t word, int bits) {
+    if (bits == 8) return word;
+    if (bits == 4) {
+        uint32_t part[2] = {word & 0xffffu, word >> 16};
+        for (int i = 0; i < 2; ++i) {
+            part[i] = (part[i] | part[i] << 8) & 0x00ff00ffu;
+            part[i] = (part[i] | part[i] << 4) & 0x0f0f0f0fu;
+        }
+        return part[0] | part[1] << 4;
+    }
+    uint32_t out = 0;
+    for (int step = 0; step < 4; ++step)
+        for (int j = 0; j < 4; ++j) out |= (word >> (8 * step + 2 * j) & 3u) << (8 * j + 2 * step);
+    return out;
+}
+
+void pack_scales(const struct Source *from, int64_t block) {
     const struct tp_weights *w = from->w;
-    const int bits = w->bits;
-    const int64_t slice = bits == 8 ? 4 : bits == 4 ? 8 : bits == 2 ? 16 : 32, size = bits == 3 ? 192 : 64;
-    const int64_t zero_words = (w->outputs * bits + 31) / 32;
-    uint8_t *data = from->data + block * w->groups * (w->group / slice) * size;
-    memset(data, 0, (size_t)(w->groups * (w->group / slice) * size));
+    const int64_t zero_words = (w->outputs * w->bits + 31) / 32;
     for (int64_t g = 0; g < w->groups; ++g)
         for (int lane = 0; lane < TP_LANES; ++lane) {
             const int64_t n = block * TP_LANES + lane, at = (block * w->groups + g) * TP_LANES + lane, group = from->group_of[g];
             const bool there = n < w->outputs;
             from->scale[at] = there ? from->scales[group * w->outputs + n] : 0;
             if (from->zero)
-                from->zero[at] = there ? (int16_t)(field(from->zeros + group * zero_words, 1, n, bits) + from->zero_offset) : 0;
+                from->zero[at] = there ? (int16_t)(field(from->zeros + group * zero_words, 1, n, w->bits) + from->zero_offset) : 0;
         }
-    const int64_t lanes = w->outputs - block * TP_LANES < TP_LANES ? w->outputs - block * TP_LANES : TP_LANES;
-    for (int64_t place = 0; place < w->groups * w->group; ++place) {
+}
+
+inline int64_t lanes_of(const struct tp_weights *w, int64_t block) {
+    const int64_t left = w->outputs - block * TP_LANES;
+    return left < TP_LANES ? left : TP_LANES;
+}
+
+// What does not come in whole words: 3 bits, activation order, the inputs behind the last whole slice.
+void pack_rest(const struct Source *from, int64_t block, int64_t place, uint8_t *data, int64_t slice, int64_t size) {
+    const struct tp_weights *w = from->w;
+    const int bits = w->bits;
+    const int64_t lanes = lanes_of(w, block);
+    for (; place < w->groups * w->group; ++place) {
         const int64_t k = w->order ? w->order[place] : place < w->inputs ? place : -1;
         if (k < 0) continue;
         uint8_t *to = data + place / slice * size;
@@ -150,6 +173,31 @@ void pack_block(void *pointer, int64_t block, float *) {
                 to[128 + 4 * lane + j] |= (uint8_t)((q >> 2) << step);
             } else to[4 * lane + j] |= (uint8_t)(q << (bits == 8 ? 0 : bits * step));
         }
+    }
+}
+
+const int64_t BESIDE = 8; // blocks that are packed together: their words lie side by side
+
+void pack_blocks(void *pointer, int64_t at, float *) {
+    const struct Source *from = (const struct Source *)pointer;
+    const struct tp_weights *w = from->w;
+    const int bits = w->bits;
+    const int64_t slice = bits == 8 ? 4 : bits == 4 ? 8 : bits == 2 ? 16 : 32, size = bits == 3 ? 192 : 64;
+    const int64_t bytes = w->groups * w->group / slice * size, first = at * BESIDE;
+    const int64_t last = first + BESIDE < w->blocks ? first + BESIDE : w->blocks;
+    const int64_t whole = w->order || bits == 3 ? 0 : w->inputs / slice; // slices that are a row of words
+    for (int64_t s = 0; s < whole; ++s)
+        for (int64_t block = first; block < last; ++block) {
+            const int32_t *words = from->words + s * w->outputs + block * TP_LANES;
+            uint32_t out[TP_LANES] = {0};
+            for (int64_t lane = 0; lane < lanes_of(w, block); ++lane) out[lane] = slice_word((uint32_t)words[lane], bits);
+            memcpy(from->data + block * bytes + s * size, out, sizeof out);
+        }
+    for (int64_t block = first; block < last; ++block) {
+        uint8_t *data = from->data + block * bytes;
+        memset(data + whole * size, 0, (size_t)(bytes - whole * size));
+        pack_rest(from, block, whole * slice, data, slice, size);
+        pack_scales(from, block);
     }
 }
 
@@ -183,7 +231,7 @@ const char *tp_instructions(void) { return tp_set()->name; }
 int tp_pack(const struct tp_weights *w, const int32_t *words, const int32_t *zeros, const uint16_t *scales, const int32_t *group_of,
             int32_t zero_offset, int threads) {
     struct Source from = {w, words, zeros, scales, group_of, (uint8_t *)w->data, (int16_t *)w->zero, (uint16_t *)w->scale, zero_offset};
-    struct tp_task task = {pack_block, &from, w->blocks, 0, 0, 0};
+    struct tp_task task = {pack_blocks, &from, (w->blocks + BESIDE - 1) / BESIDE, 0, 0, 0};
     return tp_spread(&task, threads);
 }
 
