@@ -10,11 +10,21 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-FLAGS = ["-std=c++17", "-O3", "-fno-exceptions", "-fno-rtti", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi"]
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-Wno-uninitialized",
+    "-Wno-maybe-uninitialized",
+    "-Wno-psabi",
+]
 
 native = Extension(
     "tensorpress.kernels.libcpu",
-    sources=[f"kernels/cpu/{name}.cpp" for name in ("api", "avx2", "avx512", "avx512vl", "avxvnni", "decoder", "portable")],
+    sources=[
+        f"kernels/cpu/{name}.cpp" for name in ("api", "avx2", "avx512", "avx512vl", "avxvnni", "decoder", "portable")
+    ],
     depends=sorted(map(str, Path("kernels/cpu").glob("*"))),
     extra_compile_args=FLAGS,
     language="c++",

@@ -1,4 +1,4 @@
-"""Matrix product operator layers: whichever way `auto` measures to be fastest, beside the dense layer of the same precision in the same turns.
+"""Matrix product operators, block-diagonal and 2:4 layers: whichever way `auto` measures to be fastest, beside the dense layer of the same precision in the same turns.
 
     python benchmarks/mpo_linear.py --json benchmarks/results/mpo_linear.json    # about three minutes on two cores
     python benchmarks/mpo_linear.py --quick --json out.json                       # one shape, no bars
@@ -26,8 +26,10 @@ sys.path.pop(0)  # transformers would take benchmarks/kernels.py for the package
 import torch
 
 from tensorpress.kernels import measured, mpo_contraction, registry
+from tensorpress.kernels.block_diagonal_linear import BlockDiagonalLinear
 from tensorpress.kernels.mpo_contraction import Contraction, Plan
 from tensorpress.kernels.mpo_linear import MPOLinear
+from tensorpress.kernels.semi_structured_linear import SemiStructuredLinear
 
 SIZES = ((1024, 1024), (4096, 4096), (2048, 5632))
 ROWS = (1, 128)
@@ -85,6 +87,42 @@ def timed(runs: dict[str, list[Callable[[torch.Tensor], Any]]], x: torch.Tensor,
     return {name: median(times) for name, times in seconds.items()}
 
 
+def against(name: str, layers: list[Any], dense: list[torch.Tensor], quick: bool) -> list[dict[str, Any]]:
+    """Copies of a layer on `auto` beside the dense weights [N, K], in turns."""
+    outputs, inputs = dense[0].shape
+    rows = []
+    for tokens in ROWS:
+        x = torch.randn(tokens, inputs).bfloat16()
+        runs: dict[str, list[Callable[[torch.Tensor], Any]]] = {"ours": list(layers)}
+        runs["dense"] = [lambda x, w=w: torch.nn.functional.linear(x, w) for w in dense]
+        for layer in layers:
+            layer(x)  # measures, or takes what was measured, and keeps it
+        found = timed(runs, x, 3 if tokens > 1 else 9)
+        taken = list(layers[0].__dict__["taken"].values())[-1]
+        shape = f"{inputs}x{outputs}, {name}, {tokens} rows: {taken}, speed against dense bf16"
+        rows.append(row(shape, found["dense"] / found["ours"], "x", None if quick else 1 / TOLERANCE, True))
+    return rows
+
+
+def block_diagonal(outputs: int, inputs: int) -> BlockDiagonalLinear:
+    """Four random blocks."""
+    layer = BlockDiagonalLinear.from_blocks(torch.randn(4, outputs // 4, inputs // 4).bfloat16(), None)
+    layer.kernel = "auto"
+    return layer.requires_grad_(False)
+
+
+def semi_structured(outputs: int, inputs: int) -> SemiStructuredLinear:
+    """Random weights, the first two of each four inputs."""
+    weight = torch.randn(outputs, inputs // 4, 4).bfloat16()
+    weight[..., 2:] = 0
+    layer = SemiStructuredLinear.from_dense(weight.flatten(1), None)
+    layer.kernel = "auto"
+    return layer
+
+
+OTHERS = {"4 blocks": block_diagonal, "2:4 sparsity": semi_structured}
+
+
 def measure(quick: bool) -> list[dict[str, Any]]:
     """All rows."""
     rows: list[dict[str, Any]] = []
@@ -96,21 +134,11 @@ def measure(quick: bool) -> list[dict[str, Any]]:
             for keep in (0.5,) if quick else (0.5, 0.25):
                 bond = bond_for(i, j, keep)
                 layers = [_layer(i, j, bond) for _ in range(copies)]
-                for tokens in ROWS:
-                    x = torch.randn(tokens, inputs).bfloat16()
-                    runs: dict[str, list[Callable[[torch.Tensor], Any]]] = {"mpo": list(layers)}
-                    runs["dense"] = [lambda x, w=w: torch.nn.functional.linear(x, w) for w in dense]
-                    for layer in layers:
-                        layer(x)  # measures, or takes what was measured, and keeps it
-                    found = timed(runs, x, 3 if tokens > 1 else 9)
-                    taken = list(layers[0].__dict__["taken"].values())[-1]
-                    name = f"{inputs}x{outputs}, {form}, keep {keep}, bond {bond}, {tokens} rows"
-                    bar = None if quick else 1 / TOLERANCE
-                    rows.append(
-                        row(f"{name}: {taken}, speed against dense bf16", found["dense"] / found["mpo"], "x", bar, True)
-                    )
+                rows += against(f"{form}, keep {keep}, bond {bond}", list(layers), dense, quick)
                 if inputs <= 1024 or quick:
                     regrets += [_regret(layers[0], tokens) for tokens in ROWS]
+        for name, make in OTHERS.items():
+            rows += against(name, [make(outputs, inputs) for _ in range(copies)], dense, quick)
     rows.append(
         row(
             "the predicted plan's time over that of the fastest plan, median",

@@ -28,7 +28,7 @@ def quantized_linear(
     zero_offset: int,
     kernel: str,
 ) -> torch.Tensor:
-    """y = x W^T + b for x [..., K]; the tensors are those of `QuantizedLinear`. Raises ValueError for a kernel that cannot run here."""
+    """The product x W^T + b for x [..., K]; the tensors are those of `QuantizedLinear`. Raises ValueError for a kernel that cannot run here."""
     layer = _layers.get(qweight)
     if layer is None:
         layer = _layers[qweight] = _layer(qweight, bits, group_size, zero_offset, g_idx.shape[0], scales.shape[1])
@@ -39,11 +39,15 @@ def quantized_linear(
 
 
 @quantized_linear.register_fake
-def _shape(x: torch.Tensor, qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, *_: object) -> torch.Tensor:
+def _shape(
+    x: torch.Tensor, qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, *_: object
+) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], scales.shape[1])
 
 
-def _layer(qweight: torch.Tensor, bits: int, group_size: int, zero_offset: int, inputs: int, outputs: int) -> torch.nn.Module:
+def _layer(
+    qweight: torch.Tensor, bits: int, group_size: int, zero_offset: int, inputs: int, outputs: int
+) -> torch.nn.Module:
     from tensorpress.kernels.quantized_linear import QuantizedLinear
 
     with torch.device("meta"):

@@ -73,12 +73,16 @@ class PackedSparse(_Packed):
         more, padding = -fours % (STEP // 4), -outputs % LANES
         values = nn.functional.pad(_rounded(layer.values), (0, 2 * more, 0, padding))
         blocks = len(values) // LANES
-        values = values.view(blocks, LANES, -1, STEP // 4, 2).permute(0, 2, 3, 1, 4).contiguous()  # [blocks, units, fours, lanes, 2]
+        values = (
+            values.view(blocks, LANES, -1, STEP // 4, 2).permute(0, 2, 3, 1, 4).contiguous()
+        )  # [blocks, units, fours, lanes, 2]
         places = torch.stack((layer.indices & 15, layer.indices >> 4), 2).flatten(1)[:, :fours].int()
         places = nn.functional.pad(places, (0, more, 0, padding)).view(blocks, LANES, -1, STEP // 4)
         words = sum(places[..., f].long() << (4 * f) for f in range(STEP // 4))
         assert isinstance(words, torch.Tensor)
-        words = torch.where(words >= 1 << 31, words - (1 << 32), words).int().transpose(1, 2).contiguous()  # [blocks, units, lanes]
+        words = (
+            torch.where(words >= 1 << 31, words - (1 << 32), words).int().transpose(1, 2).contiguous()
+        )  # [blocks, units, lanes]
         units = values.shape[1]
         self.data = torch.cat((_bytes(values, blocks, units), _bytes(words, blocks, units)), 2).contiguous()
         self.bias = None if layer.bias is None else layer.bias.detach().float().contiguous()

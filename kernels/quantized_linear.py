@@ -28,7 +28,9 @@ def dequantize(
     values = unpack(qweight, bits, g_idx.shape[0])
     zeros = unpack(qzeros.T.contiguous(), bits, scales.shape[1]).T + zero_offset
     size = g_idx.shape[0] // scales.shape[0]
-    even = size * scales.shape[0] == g_idx.shape[0] and not torch.compiler.is_compiling()  # a graph cannot ask for values
+    even = (
+        size * scales.shape[0] == g_idx.shape[0] and not torch.compiler.is_compiling()
+    )  # a graph cannot ask for values
     if even and torch.equal(g_idx, torch.arange(len(g_idx), device=g_idx.device) // size):
         grouped = values.view(scales.shape[0], size, -1)
         return ((grouped - zeros[:, None]).float() * scales.float()[:, None]).view(values.shape)
