@@ -87,14 +87,15 @@ def times(made: dict[str, list[Run]], rows: int, inputs: int, turns: int) -> dic
 
 
 def compare(found: dict[str, float], start: str, rows: int, main: bool) -> list[dict[str, Any]]:
-    """Rows of the speed of 4 bits against the fastest peer, or for many rows against dense bf16."""
-    peer, named = (
-        (found[DENSE], DENSE) if rows >= MANY else (min(found[n] for n in PEERS if n in found), "the fastest peer")
-    )
+    """Rows of the speed of 4 bits against the fastest peer, for many rows against dense bf16, too."""
+    others = {"the fastest peer": min(found[name] for name in PEERS if name in found)}
+    if rows >= MANY:
+        others[DENSE] = found[DENSE]
     lines = []
     for mode in MODES:
         bar = {1: None, 4: 1.5, 16: 1.5, 128: 1.2}[rows] if main and mode == "cpu_int8" else None
-        lines.append(row(f"{start}: {mode}, speed against {named}", peer / found[f"{mode} 4 bits"], "x", bar, True))
+        for named, peer in others.items():
+            lines.append(row(f"{start}: {mode}, speed against {named}", peer / found[f"{mode} 4 bits"], "x", bar, True))
     return lines
 
 

@@ -1,4 +1,4 @@
-"""What `benchmarks/kernels.py` stands beside ours: dense bf16, torch's int4pack, torchao where it is installed."""
+"""What `benchmarks/kernels.py` stands beside ours: dense bf16 and fp32, torch's int4pack, torchao where it is installed."""
 
 from __future__ import annotations
 
@@ -15,12 +15,10 @@ from torch import nn
 GROUP = 128
 ROOM = 256e6
 """Bytes of copies of a layer, so that none comes from a cache."""
-DENSE, INT4PACK = "dense bf16", "torch int4pack"
+DENSE, FLOATS, INT4PACK = "dense bf16", "dense fp32", "torch int4pack"
 TORCHAO, TORCHAO_INT8 = "torchao int4", "torchao int4, int8 inputs"
-PEERS = (DENSE, INT4PACK, TORCHAO, TORCHAO_INT8)
-ABOUT_TORCHAO = (
-    "int4 runs torch's int4pack; with int8 inputs its wheel multiplies dequantized weights (in 8-bit storage)"
-)
+PEERS = (DENSE, FLOATS, INT4PACK, TORCHAO, TORCHAO_INT8)
+ABOUT_TORCHAO = "without torch.compile; int4 runs torch's int4pack; with int8 inputs its wheel multiplies dequantized weights (in 8-bit storage)"
 Run = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -32,7 +30,8 @@ def copies(inputs: int, outputs: int, bits: float) -> int:
 def peers(inputs: int, outputs: int, all_of_them: bool) -> dict[str, list[Run]]:
     """Products of each peer's copies of a layer, by name."""
     made = {
-        DENSE: dense(inputs, outputs, copies(inputs, outputs, 16)),
+        DENSE: dense(inputs, outputs, copies(inputs, outputs, 16), torch.bfloat16),
+        FLOATS: dense(inputs, outputs, copies(inputs, outputs, 32), torch.float32),
         INT4PACK: int4pack(inputs, outputs, copies(inputs, outputs, 4)),
     }
     if torchao_version() is not None:
@@ -42,9 +41,9 @@ def peers(inputs: int, outputs: int, all_of_them: bool) -> dict[str, list[Run]]:
     return made
 
 
-def dense(inputs: int, outputs: int, count: int) -> list[Run]:
-    made = [torch.randn(outputs, inputs, dtype=torch.bfloat16) for _ in range(count)]
-    return [lambda x, one=one: torch.nn.functional.linear(x, one) for one in made]  # type: ignore[misc]
+def dense(inputs: int, outputs: int, count: int, dtype: torch.dtype) -> list[Run]:
+    made = [torch.randn(outputs, inputs, dtype=dtype) for _ in range(count)]
+    return [lambda x, one=one: torch.nn.functional.linear(x.to(dtype), one) for one in made]  # type: ignore[misc]
 
 
 def int4pack(inputs: int, outputs: int, count: int) -> list[Run]:

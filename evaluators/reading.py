@@ -118,7 +118,7 @@ def reader_for(model: PreTrainedModel, kernels: str, places: int) -> Reader:
     """
     asked = registry.asked_for() if kernels == "auto" else kernels
     mode = "cpu" if asked == "auto" else asked
-    if mode not in cpu_linear.MODES or (asked == "auto" and cpu_linear.instructions() not in ("avx2", "avx512")):
+    if mode not in cpu_linear.MODES or (asked == "auto" and cpu_linear.instructions() in (None, "portable")):
         return TransformersReader(model)
     return compiled_reader(model, mode, places) or TransformersReader(model)
 

@@ -1,7 +1,7 @@
-"""Quantized linear layers on the CPU in C++ (`kernels/cpu`): AVX-512 with VNNI and BF16, AVX2, or any other processor.
+"""Quantized linear layers on the CPU in C++ (`kernels/cpu`): AVX-512, AVX2, both with VNNI where it is there, or any other processor.
 
-Two backends: `cpu` multiplies the integers with the inputs, exact up to rounding (with AVX-512 as bf16, inputs of another precision as the
-sum of two bf16, which has 16 bits; elsewhere as fp32); `cpu_int8` rounds the inputs to 8 bits first, with a scale for each token and group of inputs, and multiplies integers. Both read the weights in
+Two backends: `cpu` multiplies the integers with the inputs, exact up to rounding (with BF16 instructions as bf16, inputs of another precision as
+the sum of two bf16, which has 16 bits; elsewhere as fp32, or 24 bits beside the largest of a group); `cpu_int8` rounds the inputs to 8 bits first, with a scale for each token and group of inputs, and multiplies integers. Both read the weights in
 their own layout, made once from the GPTQ layout. The work is spread over torch's own threads.
 """
 
@@ -148,7 +148,7 @@ class Packed:
             raise ValueError("a quantized layer has packed integers in int32 and scales in float16")  # what C reads
         check_groups(layer)
         groups, order = places(layer.g_idx, layer.scales.shape[0])
-        self.made_of = _state(layer)
+        self.made_of = (state(layer), layer.bits, layer.zero_offset)
         self.outputs, self.inputs, self.bits = layer.out_features, layer.in_features, layer.bits
         blocks, count = -(-self.outputs // LANES), len(groups)
         group = len(order) // count
@@ -188,7 +188,9 @@ class Packed:
 
 
 def multiply(weights: Weights, x: torch.Tensor, mode: int) -> torch.Tensor:
-    """The product [..., outputs] of packed weights with x [..., inputs], in the dtype of x. Raises MemoryError."""
+    """The product [..., outputs] of packed weights with x [..., inputs], in the dtype of x. Raises MemoryError, ValueError for other inputs."""
+    if x.shape[-1:] != (weights.inputs,):
+        raise ValueError(f"inputs of the shape {[*x.shape]} for a layer of {weights.inputs}")
     flat = x.reshape(-1, weights.inputs)
     if flat.stride(1) != 1:
         flat = flat.contiguous()
@@ -208,7 +210,7 @@ def _address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _state(layer: QuantizedLinear) -> Origin:
+def state(layer: QuantizedLinear) -> Origin:
     """What changes when a weight of the layer is replaced or written to."""
     return Origin((layer.qweight, layer.qzeros, layer.scales, layer.g_idx, layer.bias))
 
@@ -252,10 +254,10 @@ _shared: weakref.WeakValueDictionary[int, Packed] = weakref.WeakValueDictionary(
 def packed(layer: QuantizedLinear) -> Packed:
     """The layer's weights in the layout of the compiled code, made anew if they changed."""
     kept: Packed | None = layer.packed
-    state = _state(layer)
-    if kept is None or kept.made_of != state:
+    now = (state(layer), layer.bits, layer.zero_offset)
+    if kept is None or kept.made_of != now:
         kept = _shared.get(layer.qweight.data_ptr())
-        if kept is None or kept.made_of != state:
+        if kept is None or kept.made_of != now:
             kept = _shared[layer.qweight.data_ptr()] = Packed(layer)
         layer.packed = kept
     return kept

@@ -44,10 +44,11 @@ def matrix_linear(
     if x.dtype != stored[0].dtype or (torch.is_grad_enabled() and learns):
         return registry.backends(layer.operation)[layer.trained_by].run(layer, x)
     made_of = Origin(stored)
-    if layer.matrix is None or layer.matrix.made_of != made_of:
-        layer.matrix = Matrix(layer, made_of)
+    kept = layer.matrix
+    if kept is None or kept.made_of != made_of:
+        kept = layer.matrix = Matrix(layer, made_of)
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
-    return nn.functional.linear(x, layer.matrix.weight, bias)
+    return nn.functional.linear(x, kept.weight, bias)
 
 
 def room_for(layer: BlockDiagonalLinear | SemiStructuredLinear) -> int:

@@ -6,13 +6,18 @@ measured and remembered, what compiled kernels keep is shared with the layer. MP
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tensorpress.kernels import registry
 
-_layers = WeakTensorKeyDictionary()
-"""Integers to a layer of the same memory. It holds other tensors than its key, so that it goes when they go."""
+if TYPE_CHECKING:
+    from tensorpress.kernels.quantized_linear import QuantizedLinear
+
+_kept = WeakTensorKeyDictionary()
+"""Integers to what kernels keep of them: {name: value} for each way to read them. It goes when the tensor goes."""
 
 
 @torch.library.custom_op("tensorpress::quantized_linear", mutates_args=())
@@ -29,12 +34,14 @@ def quantized_linear(
     kernel: str,
 ) -> torch.Tensor:
     """The product x W^T + b for x [..., K]; the tensors are those of `QuantizedLinear`. Raises ValueError for a kernel that cannot run here."""
-    layer = _layers.get(qweight)
-    if layer is None:
-        layer = _layers[qweight] = _layer(qweight, bits, group_size, zero_offset, g_idx.shape[0], scales.shape[1])
-    layer.qzeros, layer.scales, layer.g_idx = qzeros, scales, g_idx
+    layer = _layer(bits, group_size, zero_offset, g_idx.shape[0], scales.shape[1])
+    layer.qweight, layer.qzeros, layer.scales, layer.g_idx = qweight.detach(), qzeros, scales, g_idx
     layer.bias, layer.kernel = bias, kernel
+    key = (bits, group_size, zero_offset, kernel)
+    layer.__dict__.update(_kept.get(qweight, {}).get(key, {}))
     y: torch.Tensor = registry.kernel_for("quantized_linear", layer, x)(layer, x)
+    kept = {name: layer.__dict__[name] for name in ("packed", "unpacked", "taken") if name in layer.__dict__}
+    _kept.setdefault(qweight, {})[key] = kept
     return y
 
 
@@ -45,12 +52,18 @@ def _shape(
     return x.new_empty(*x.shape[:-1], scales.shape[1])
 
 
-def _layer(
-    qweight: torch.Tensor, bits: int, group_size: int, zero_offset: int, inputs: int, outputs: int
-) -> torch.nn.Module:
+def _layer(bits: int, group_size: int, zero_offset: int, inputs: int, outputs: int) -> QuantizedLinear:
+    """An empty layer: each call has its own, so that threads and graphs do not change each other's."""
     from tensorpress.kernels.quantized_linear import QuantizedLinear
 
-    with torch.device("meta"):
-        layer = QuantizedLinear(inputs, outputs, bits, group_size, bias=False, zero_offset=zero_offset)
-    layer.qweight = qweight.detach()
+    layer = QuantizedLinear.__new__(QuantizedLinear)
+    torch.nn.Module.__init__(layer)
+    layer.in_features, layer.out_features, layer.bits = inputs, outputs, bits
+    layer.group_size, layer.zero_offset = group_size, zero_offset
+    layer.packed = layer.unpacked = None
     return layer
+
+
+def forget(qweight: torch.Tensor) -> None:
+    """Drop what is kept of these integers."""
+    _kept.pop(qweight, None)

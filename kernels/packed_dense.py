@@ -102,11 +102,13 @@ def _state(layer: SemiStructuredLinear) -> Origin:
 
 def run_sparse(layer: SemiStructuredLinear, x: torch.Tensor) -> torch.Tensor:
     """The product of a 2:4 layer, by the reference where gradients or another precision are asked for. Raises MemoryError."""
-    if x.dtype not in cpu_linear.TYPES or x.device.type != "cpu" or (torch.is_grad_enabled() and x.requires_grad):
+    learns = any(t is not None and t.requires_grad for t in (x, layer.values, layer.bias))
+    if x.dtype not in cpu_linear.TYPES or x.device.type != "cpu" or (torch.is_grad_enabled() and learns):
         return registry.backends(layer.operation)["reference"].run(layer, x)
-    if layer.packed is None or layer.packed.made_of != _state(layer):
-        layer.packed = PackedSparse(layer)
-    return cpu_linear.multiply(layer.packed.weights, x, cpu_linear.MODES["cpu"])
+    kept = layer.packed  # held until the product is done: another thread may release it
+    if kept is None or kept.made_of != _state(layer):
+        kept = layer.packed = PackedSparse(layer)
+    return cpu_linear.multiply(kept.weights, x, cpu_linear.MODES["cpu"])
 
 
 def can_run_sparse(layer: SemiStructuredLinear) -> bool:

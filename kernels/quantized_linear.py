@@ -16,6 +16,7 @@ from torch import nn
 
 from tensorpress.kernels import cpu_linear, operators, registry
 from tensorpress.kernels.kernel_layer import KernelLayer
+from tensorpress.kernels.origin import Origin
 from tensorpress.kernels.packing import pack, packed_rows, unpack
 
 BITS = (2, 3, 4, 8)
@@ -66,8 +67,8 @@ class QuantizedLinear(KernelLayer):
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
         self.kernel = "reference"
         """What computes it; `auto` in a model that was opened from a folder."""
-        self.unpacked: tuple[torch.Tensor, torch.Tensor] | None = None
-        """What the kernel `unpacked` keeps: the integers that it was made of, and the dense weight."""
+        self.unpacked: tuple[Origin, torch.Tensor] | None = None
+        """What the kernel `unpacked` keeps: what it was made of, and the dense weight."""
         self.packed: Any = None
         """What the compiled kernels keep: the weights in their own layout."""
 
@@ -98,8 +99,9 @@ class QuantizedLinear(KernelLayer):
         return dequantize(self.qweight, self.qzeros, self.scales, self.g_idx, self.bits, self.zero_offset).T
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        learns = torch.is_grad_enabled() and x.requires_grad
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not learns:
+        if torch.compiler.is_exporting():
+            return quantized_linear_reference(self, x)
+        if torch.compiler.is_compiling() and not (torch.is_grad_enabled() and x.requires_grad):
             return operators.quantized_linear(
                 x, self.qweight, self.qzeros, self.scales, self.g_idx, self.bias, self.bits, self.group_size, self.zero_offset,
                 self.kernel,
@@ -170,6 +172,7 @@ class QuantizedLinear(KernelLayer):
             self.packed = None
         if "unpacked" not in names:
             self.unpacked = None
+        operators.forget(self.qweight)
 
     def kernel_key(self) -> str:
         """What the speed of its kernels depends on."""
@@ -187,10 +190,9 @@ def quantized_linear_reference(layer: QuantizedLinear, x: torch.Tensor) -> torch
 
 def quantized_linear_unpacked(layer: QuantizedLinear, x: torch.Tensor) -> torch.Tensor:
     """The reference with the dequantized weight kept in memory: the same numbers, faster, at the memory of a dense layer."""
-    kept = layer.unpacked
-    if kept is None or kept[0] is not layer.qweight or kept[1].dtype != x.dtype or kept[1].device != x.device:
-        kept = (layer.qweight, layer.dense_weight().to(x.dtype).contiguous())
-        layer.unpacked = kept
+    kept, state = layer.unpacked, cpu_linear.state(layer)
+    if kept is None or kept[0] != state or kept[1].dtype != x.dtype or kept[1].device != x.device:
+        kept = layer.unpacked = (state, layer.dense_weight().to(x.dtype).contiguous())
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
     return nn.functional.linear(x, kept[1], bias)
 

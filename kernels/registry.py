@@ -160,4 +160,5 @@ def in_use(operation: str, layer: Any, rows: int) -> str:
 def operation_of(module: nn.Module) -> str | None:
     """The operation that a layer is, `dense` for one that nothing replaced; None for a module that is no linear layer."""
     kinds = {"Linear": "dense", "Conv1D": "dense"}
-    return getattr(module, "operation", None) or kinds.get(type(module).__name__)
+    named = getattr(module, "operation", None)
+    return named if isinstance(named, str) and named in _backends else kinds.get(type(module).__name__)

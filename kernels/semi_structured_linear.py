@@ -35,7 +35,11 @@ def unpack_places(indices: torch.Tensor, fours: int) -> torch.Tensor:
 
 
 class SemiStructuredLinear(KernelLayer):
-    """y = x W^T + b with two of four weights stored; inputs [..., K], outputs [..., N]."""
+    """y = x W^T + b with two of four weights stored; inputs [..., K], outputs [..., N].
+
+    An input that is not finite reaches the outputs that keep its weight; by the dense product of `reference` and `matrix`, which multiplies
+    it with zeros, all outputs.
+    """
 
     values: torch.Tensor
     indices: torch.Tensor

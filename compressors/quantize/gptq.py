@@ -14,7 +14,7 @@ from torch import nn
 from tensorpress.compressors.base import Calibration, Compressor, LayerReport, Report
 from tensorpress.compressors.calibration import BlockInputs, walk
 from tensorpress.errors import InputError, StepError
-from tensorpress.kernels.mpo_linear import MPOLinear
+from tensorpress.kernels.kernel_layer import kernel_layers
 from tensorpress.kernels.quantized_linear import QuantizedLinear
 from tensorpress.structure import DENSE, Block, Structure, find_structure, linear_shape, linear_weight, set_module
 
@@ -207,7 +207,7 @@ class GPTQ(Compressor):
         if self.group_size != -1 and self.group_size < 1:
             raise InputError(f"group_size: found {self.group_size}, expected -1 (whole row) or a positive number")
         dense = self._targets(model, structure)
-        if not dense and not any(isinstance(module, MPOLinear) for module in model.modules()):
+        if not dense and not kernel_layers(model):
             raise InputError("gptq: the model has no dense linear layers left in its blocks")
         for path in dense:
             inputs = linear_shape(model.get_submodule(path))[1]

@@ -4,6 +4,9 @@
 #if !defined(_WIN32)
 #include <unistd.h>
 #endif
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include "work.h"
 
@@ -247,14 +250,30 @@ int64_t tp_worth_a_thread = (int64_t)1 << 18;
 #define TP_HAS(feature) __builtin_cpu_supports(feature)
 #endif
 
+#if defined(__x86_64__)
+// Features that compilers learned to ask for late: bits of CPUID leaf 7.1, EAX.
+static bool has_late(int bit) {
+#if defined(TP_EMULATED)
+    return bit >= 0;
+#else
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> bit & 1);
+#endif
+}
+#endif
+
 const struct tp_kernels *tp_set(void) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool vnni = TP_HAS("avx512f") && TP_HAS("avx512bw") && TP_HAS("avx512dq") && TP_HAS("avx512vl") && TP_HAS("avx512vnni");
     const bool avx2 = TP_HAS("avx2") && TP_HAS("fma");
-    if (highest >= 4 && vnni && TP_HAS("avx512bf16")) return &tp_avx512;
+#if defined(TP_KNOWS_BF16)
+    if (highest >= 4 && vnni && has_late(5)) return &tp_avx512;
+#endif
     if (highest >= 3 && vnni) return &tp_avx512vl;
-    if (highest >= 2 && avx2 && TP_HAS("avxvnni")) return &tp_avxvnni;
+#if defined(TP_KNOWS_AVXVNNI)
+    if (highest >= 2 && avx2 && has_late(4)) return &tp_avxvnni;
+#endif
     if (highest >= 1 && avx2) return &tp_avx2;
 #endif
     return &tp_portable;
@@ -287,11 +306,12 @@ int tp_multiply(const struct tp_call *calls, int count, int threads) {
             if (alike(call, jobs.job[job->prepared_by].call)) break;
         if (job->prepared_by == jobs.count++) {
             const bool integers = tp_by_integers(call), sparse = w->bits == TP_SPARSE;
-            in->parts = jobs.set->is_bf16 && !integers && !sparse && call->type != TP_BF16 ? 2 : 1;
+            const bool digits = jobs.set->digits && !integers && w->bits <= 4 && call->rows == 1;
+            in->parts = digits ? 3 : jobs.set->is_bf16 && !integers && !sparse && call->type != TP_BF16 ? 2 : 1;
             const int64_t rows = call->rows * in->parts, places = w->groups * w->group;
-            in->tile = tile_rows(rows, sparse ? 4 : jobs.set->most_rows);
+            in->tile = digits ? 3 : tile_rows(rows, sparse ? TP_SPARSE_ROWS : jobs.set->most_rows);
             in->tiles = (rows + in->tile - 1) / in->tile;
-            in->bytes_per_tile = (size_t)(integers ? places * in->tile : sparse ? 4 * places * in->tile : places / 2 * in->tile * (int64_t)jobs.set->pair_bytes);
+            in->bytes_per_tile = (size_t)(integers || digits ? places * in->tile : sparse ? 4 * places * in->tile : places / 2 * in->tile * (int64_t)jobs.set->pair_bytes);
             tiles += in->tiles;
             size += in->bytes_per_tile * (size_t)in->tiles + 2 * (size_t)(in->tiles * in->tile * w->groups) * 4 + 3 * TP_ALIGN;
             const size_t row = (size_t)(places + (call->fill && w->order ? w->inputs : 0));

@@ -1,5 +1,6 @@
 // AVX-512 with VNNI and BF16 (Zen 4, Cooper Lake, Sapphire Rapids and later).
-#if defined(__x86_64__)
+#include "linear.h"
+#if defined(__x86_64__) && defined(TP_KNOWS_BF16)
 #include "target.h"
 TP_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")
 #include "linear.h"
@@ -11,6 +12,8 @@ TP_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx
 #endif
 
 namespace {
+
+#include "floats.inc"
 
 struct Set {
     static constexpr int most_rows = 16;
@@ -70,16 +73,8 @@ struct Set {
     static Float add_product(Float result, Float total, Float own) { return _mm512_fmadd_ps(total, own, result); }
     static void store(float *to, Float value) { _mm512_storeu_ps(to, value); }
 
-    static uint16_t rounded_bits(float value) {
-        union { float value; uint32_t bits; } u = {value};
-        if ((u.bits & 0x7fffffffu) > 0x7f800000u) return (uint16_t)((u.bits >> 16) | 0x40u);
-        return (uint16_t)((u.bits + 0x7fffu + ((u.bits >> 16) & 1u)) >> 16);
-    }
-    template <int bits> static Pair pair(float first, float second, int) { return rounded_bits(first) | (uint32_t)rounded_bits(second) << 16; }
-    static float rounded(float value) {
-        union { uint32_t bits; float value; } u = {(uint32_t)rounded_bits(value) << 16};
-        return u.value;
-    }
+    template <int bits> static Pair pair(float first, float second, int) { return float_to_bf16(first) | (uint32_t)float_to_bf16(second) << 16; }
+    static float rounded(float value) { return bf16_to_float(float_to_bf16(value)); }
 };
 
 template <> struct Set::Planes<3> {
@@ -130,6 +125,6 @@ template <> struct Set::Planes<16> {
 
 } // namespace
 
-extern "C" const struct tp_kernels tp_avx512 = {"avx512", sizeof(Set::Pair), Set::most_rows, true, prepare, work, &vector};
+extern "C" const struct tp_kernels tp_avx512 = {"avx512", sizeof(Set::Pair), Set::most_rows, true, false, prepare, work, &vector};
 TP_TARGET_END
 #endif

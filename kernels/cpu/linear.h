@@ -13,11 +13,20 @@
 // inputs that stand two apart are the halves of a lane, which is what vdpbf16ps multiplies.
 #pragma once
 
+// Compilers that are older do without the instruction set.
+#if (defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11)
+#define TP_KNOWS_AVXVNNI
+#endif
+#if (defined(__clang__) && __clang_major__ >= 9) || (!defined(__clang__) && __GNUC__ >= 10)
+#define TP_KNOWS_BF16
+#endif
+
 #include <stddef.h>
 #include <stdint.h>
 
 #define TP_LANES 16
 #define TP_ALIGN 64
+#define TP_SPARSE_ROWS 4 // of the input that are worked on at once with those
 #define TP_SPARSE 9 // bits of a weight of 2:4 sparsity in bf16: two of 16 and two places of 2 for four
 
 enum tp_mode { TP_WEIGHT_ONLY = 0, TP_INT8 = 1 };
@@ -48,10 +57,10 @@ struct tp_call {
 };
 
 // The input as the kernel of a mode wants it. Where the kernel multiplies bf16 and the input is finer, a row is two here: what bf16 has of
-// it, and the rest. Tiles of `tile` such rows, each [groups * group / 4][tile] words of four inputs (int8), or
-// [groups * group / 2][tile] pairs, then one scale and one sum for each group and row.
+// it, and the rest. Where it multiplies bytes faster than floats, one row of weight-only mode is three of int8 (`prepare_digits`). Tiles of `tile` such rows, each [groups * group / 4][tile] words of four inputs (int8), or
+// [groups * group / 2][tile] pairs (2:4 sparsity: [groups * group / 4][tile] fours), then one scale and one sum for each group and row.
 struct tp_input {
-    int64_t parts, tile, tiles; // parts of a row: 1 or 2
+    int64_t parts, tile, tiles; // parts of a row: 1, 2, or 3 of int8
     void *values;
     float *scale; // [tiles][groups][tile], int8 alone
     void *sum;    // [tiles][groups][tile] int32 (int8) or float (weight only)
@@ -67,6 +76,7 @@ struct tp_kernels {
     size_t pair_bytes; // of two inputs in weight-only mode
     int most_rows;     // of the input that are worked on at once
     bool is_bf16;      // what weight-only mode multiplies
+    bool digits;       // for one row, and weights of up to 4 bits, three int8 in place of a float
     void (*prepare)(const struct tp_call *, const struct tp_input *, int64_t tile, float *row);
     void (*work)(const struct tp_call *, const struct tp_input *, int64_t first_block, int64_t last_block);
     const struct tp_vector *vector;
@@ -78,7 +88,7 @@ struct tp_attention {
     const float *query; // [rows][each][head]
     const void *keys, *values;
     void *out;     // as the queries, of `type`
-    float *scores; // room for [rows * each][places + 15]
+    float *scores; // room for four times all places, up to a multiple of 16
     int64_t rows, each, stride, head, first;
     float scale;
     int32_t type;

@@ -3,6 +3,7 @@
 #define TP_UNROLL 
 
 namespace {
+#include "floats.inc"
 #include "lanes.inc"
 using Set = Lanes;
 #include "inputs.inc"
@@ -15,4 +16,4 @@ Lanes::Float Lanes::halves_to_float(const uint16_t *half) {
 }
 } // namespace
 
-extern "C" const struct tp_kernels tp_portable = {"portable", sizeof(Set::Pair), Set::most_rows, false, prepare, work, &vector};
+extern "C" const struct tp_kernels tp_portable = {"portable", sizeof(Set::Pair), Set::most_rows, false, false, prepare, work, &vector};

@@ -36,7 +36,7 @@ def emulation(tmp_path_factory):
     built = folder / "libcpu.so.1"
     with FileLock(f"{folder}.lock"):
         if not built.exists():
-            folder.mkdir()
+            folder.mkdir(exist_ok=True)
             _build(folder, built)
     return built
 

@@ -1,4 +1,4 @@
-"""The compiled quantized layer against float64, on every instruction set that the machine has."""
+"""The compiled quantized layer against float64, on every instruction set, by emulation where the machine lacks it."""
 
 from __future__ import annotations
 
@@ -245,6 +245,43 @@ def test_nothing_behind_the_end_is_read(level, bits, seed):
             libc.mprotect(ctypes.c_void_p(start), page, mmap.PROT_READ | mmap.PROT_WRITE)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("mode", list(cpu_linear.MODES))
+def test_many_rows(level, bits, mode, seed):
+    """More than are worked on at once with weights that were expanded for them."""
+    layer = make(192, 21, 64, bits, symmetric=False)
+    x = torch.randn(150, 192)
+    y = registry.backends("quantized_linear")[mode].run(layer, x)
+    if mode == "cpu":
+        close(y, oracle(layer, x), sizes(layer, x), 1e-5 if level == "avx512" else 1e-6)
+    else:
+        each = torch.cat([registry.backends("quantized_linear")[mode].run(layer, row[None]) for row in x])
+        close(y, each.double(), sizes(layer, x), 1e-6)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("value", [1.0, -1.0, 61.0])
+def test_the_largest_integers_and_inputs(level, bits, value, seed):
+    """Sums are as large as they can be; 61 is a largest input that three bytes would round up to what they cannot hold."""
+    largest = torch.full((128, 17), (1 << bits) - 1)
+    layer = QuantizedLinear.from_integers(
+        largest, torch.ones(1, 17), torch.ones(1, 17), torch.zeros(128), bits, 128, None
+    )
+    for rows in (1, 2, 5, 9):
+        x = torch.full((rows, 128), value)
+        for mode in cpu_linear.MODES:
+            y = registry.backends("quantized_linear")[mode].run(layer, x)
+            close(y, oracle(layer, x), oracle(layer, x).abs(), 2e-6)
+
+
+@pytest.mark.parametrize("shape", [(2, 192), (4, 48), (96, 1), ()])
+def test_inputs_of_another_width_are_refused(shape, seed):
+    layer = make(96, 5, 32, 4)
+    for mode in cpu_linear.MODES:
+        with pytest.raises(ValueError, match="for a layer of 96"):
+            registry.backends("quantized_linear")[mode].run(layer, torch.randn(shape))
+
+
 def test_gradients_and_double_precision_go_through_the_reference(seed):
     layer = make(64, 8, 32, 4)
     layer.kernel = "cpu"
@@ -277,6 +314,8 @@ def test_sanitizers_find_nothing(tmp_path_factory, level):
         subprocess.run(["g++", *flags, f"-I{SOURCES}", *sources, main, "-o", str(program)], check=True, timeout=300)
     ended = subprocess.run([str(program), level], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0 and ended.stdout.startswith("calls"), ended.stderr[-2000:]
+    if not ended.stdout.endswith(f" {cpu_linear.LEVELS[int(level)]}\n"):
+        pytest.skip(f"this processor has no {cpu_linear.LEVELS[int(level)]}")
 
 
 def test_small_products_are_not_worth_a_thread(seed):

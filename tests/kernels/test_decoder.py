@@ -97,6 +97,24 @@ def test_in_parts_it_is_the_same(make, level, make_ids, mode):
     close(decoder(ids[7:], 2), whole[-2:].double(), 1e-5)
 
 
+def test_what_comes_later_does_not_reach_back(make, level, make_ids):
+    """Neither a later token of the same call nor what was forgotten, even where it is not a number."""
+    model, ids = make("llama", (4, None)), make_ids(1, 21)[0]
+    decoder = Decoder(model, places=21)
+    wanted = decoder(ids, 21)
+    lost = int(ids[-1])
+    with torch.no_grad():
+        model.model.embed_tokens.weight[lost] = torch.nan
+    ids[:-1][ids[:-1] == lost] = (lost + 1) % 64
+    decoder.reset()
+    clean = decoder(ids[:-1], 20)
+    decoder.reset()
+    found = decoder(ids, 21)
+    assert torch.equal(found[:20], clean) and not found[20].isfinite().any() and wanted.isfinite().all()
+    decoder.reset(12)
+    close(decoder(ids[12:20], 8), clean[12:].double(), 1e-5)
+
+
 @pytest.mark.parametrize("wanted", [1, 3, 300])
 def test_long_texts_are_read_in_pieces(make, wanted):
     model = make("llama", (4,), max_position_embeddings=2 * AT_ONCE)

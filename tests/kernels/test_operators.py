@@ -61,14 +61,28 @@ def test_packed_weights_are_shared_made_anew_and_let_go(seed):
     with torch.no_grad():
         before, eager = compiled(x), layer(x)
         assert torch.equal(before, eager)
-        assert operators._layers[layer.qweight].packed is layer.packed
+        assert [each["packed"] for each in operators._kept[layer.qweight].values()] == [layer.packed]
         layer.scales.mul_(2)
         assert not torch.equal(compiled(x), before) and torch.equal(compiled(x), layer(x))
-    known = len(operators._layers)
+    known = len(operators._kept)
     compiled = layer = None
     torch.compiler.reset()
     gc.collect()
-    assert len(operators._layers) == known - 1
+    assert len(operators._kept) == known - 1
+
+
+def test_one_layer_by_two_kernels_and_two_readings(seed):
+    """Graphs that share integers do not change each other's kernel, bias or offset; what they keep is let go with the layer's."""
+    layer, x = make(), torch.randn(2, 96)
+    exact = operators.quantized_linear(*arguments(layer, x, "reference"))
+    for kernel in KERNELS:
+        found = operators.quantized_linear(*arguments(layer, x, kernel))
+        assert torch.allclose(found, exact, atol=0.02 * float(exact.abs().max()))
+    shifted = list(arguments(layer, x, "auto"))
+    shifted[8] = 1 - layer.zero_offset
+    assert not torch.allclose(operators.quantized_linear(*shifted), exact, atol=1e-3)
+    layer.release()
+    assert layer.qweight not in operators._kept
 
 
 def test_a_kernel_that_there_is_not_is_refused_in_a_graph_too(seed):
@@ -87,7 +101,7 @@ def test_gradients_go_through_the_reference(seed):
 
 def test_exported_graphs_are_plain_torch(seed):
     layer = make().eval()
-    layer.kernel = "auto"
+    layer.kernel = KERNELS[-1]
     with torch.no_grad():
         program = torch.export.export(layer, (torch.randn(2, 96),))
     assert "tensorpress" not in str(program.graph)
