@@ -26,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from tensorpress.evaluators.generation import step
 from tensorpress.kernels import cpu_linear
 from tensorpress.kernels.decoder import Decoder
+from tensorpress.kernels.packing import pack
 from tensorpress.kernels.quantized_linear import QuantizedLinear
 from tensorpress.loading import use_kernels
 from tensorpress.structure import find_structure, set_module
@@ -41,6 +42,8 @@ SIZES = {
 SMALL = {**SIZES, "vocab_size": 1000, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 2}
 PROMPT, TOKENS = 128, 32
 GROUP = 128
+FEWER = {3: 1.15, 2: 1.4}
+"""Bits of further models, and how much faster than with 4 they should decode."""
 
 
 def random_model(sizes: dict[str, int]) -> PreTrainedModel:
@@ -49,12 +52,12 @@ def random_model(sizes: dict[str, int]) -> PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=1024)).to(torch.bfloat16).eval()
 
 
-def quantized(model: PreTrainedModel, group: int = GROUP) -> PreTrainedModel:
-    """A copy with layers of random integers; the head keeps its groups of 128."""
+def quantized(model: PreTrainedModel, group: int = GROUP, width: int = 4) -> PreTrainedModel:
+    """A copy with layers of random integers of so many bits; the head keeps 8 bits and groups of 128."""
     made = copy.deepcopy(model)
     for path in [*find_structure(made).linear_paths, "lm_head"]:
         layer: nn.Linear = made.get_submodule(path)  # type: ignore[assignment]
-        bits, size = (8, GROUP) if path == "lm_head" else (4, group)
+        bits, size = (8, GROUP) if path == "lm_head" else (width, group)
         set_module(made, path, random_layer(layer.in_features, layer.out_features, bits, size))
     return made
 
@@ -63,8 +66,8 @@ def random_layer(inputs: int, outputs: int, bits: int, group: int = GROUP) -> Qu
     """A symmetric layer of random integers, in its place without being packed."""
     layer = QuantizedLinear(inputs, outputs, bits, group, bias=False)
     layer.qweight.random_(-(2**31), 2**31 - 1)
-    one = sum(((1 << (bits - 1)) - 1) << shift for shift in range(0, 32, bits))
-    layer.qzeros.fill_(one - (1 << 32) if one >= 1 << 31 else one)
+    groups = layer.scales.shape[0]
+    layer.qzeros = pack(torch.full((outputs, groups), (1 << (bits - 1)) - 1), bits).T.contiguous()
     layer.scales.fill_(0.02 / (1 << bits))
     return layer
 
@@ -101,6 +104,11 @@ def measure(sizes: dict[str, int], repeats: int, quick: bool) -> list[dict[str, 
         f"decoder, {name}": lambda decoder=decoder: by_decoder(decoder, prompt, TOKENS)  # type: ignore[misc]
         for name, decoder in decoders.items()
     }
+    for width in FEWER:
+        few = quantized(dense, width=width)
+        for mode in ("cpu", "cpu_int8"):
+            decoder = Decoder(few, mode, PROMPT + TOKENS + 1)
+            runs[f"decoder, {mode}, {width} bits"] = lambda decoder=decoder: by_decoder(decoder, prompt, TOKENS)  # type: ignore[misc]
     runs["transformers, dense bf16"] = lambda: by_transformers(dense, prompt, TOKENS)
     for name in ("cpu", "cpu_int8"):
         other = copy.copy(model)
@@ -129,6 +137,10 @@ def measure(sizes: dict[str, int], repeats: int, quick: bool) -> list[dict[str, 
     for name in decoders:
         share = floor / (best[f"decoder, {name}"][1] / TOKENS)
         rows.append(row(f"decoder, {name}: share of the read bandwidth", share, "x", None))
+        for width, faster in FEWER.items():
+            ratio = best[f"decoder, {name}"][1] / best[f"decoder, {name}, {width} bits"][1]
+            bar = None if quick or name == "cpu" else faster
+            rows.append(row(f"decoder, {name}: decode with {width} bits against 4", ratio, "x", bar, True))
     return rows
 
 
@@ -139,7 +151,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows = measure(SMALL if args.quick else SIZES, 1 if args.quick else args.repeats, args.quick)
-    finish(rows, {"quick": args.quick, "repeats": args.repeats, "bits": 4, "head bits": 8, "group": GROUP}, args.json)
+    conditions = {"instructions": cpu_linear.instructions(), "bits": 4, "head bits": 8, "group": GROUP}
+    finish(rows, {**conditions, "quick": args.quick, "repeats": args.repeats}, args.json)
 
 
 if __name__ == "__main__":

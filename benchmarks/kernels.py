@@ -1,6 +1,6 @@
 """Quantized linear layers on this machine's CPU, beside dense bf16, torch's int4pack and torchao in the same run.
 
-python benchmarks/kernels.py --json benchmarks/results/kernels.json       # about three minutes on two cores
+python benchmarks/kernels.py --json benchmarks/results/kernels_avx2.json  # about three minutes on two cores
 python benchmarks/kernels.py --quick --json out.json --picture out.svg    # one shape
 
 Weights are taken in turn from as many copies as fill 256 MB, so that none comes from a cache; a figure is the median of turns in which
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kernels_peers import ABOUT_TORCHAO, DENSE, GROUP, PEERS, Run, copies, peers, torchao_version
+from kernels_peers import ABOUT_TORCHAO, DENSE, GROUP, INT4PACK, PEERS, Run, copies, peers, torchao_version
 from kernels_picture import READING, draw
 from kernels_threads import SHAPE, one_pool
 from rows import finish, row
@@ -87,14 +87,17 @@ def times(made: dict[str, list[Run]], rows: int, inputs: int, turns: int) -> dic
 
 
 def compare(found: dict[str, float], start: str, rows: int, main: bool) -> list[dict[str, Any]]:
-    """Rows of the speed of 4 bits against the fastest peer, for many rows against dense bf16, too."""
+    """Rows of the speed of 4 bits against the fastest peer, and against those that the bars are about."""
     others = {"the fastest peer": min(found[name] for name in PEERS if name in found)}
     if rows >= MANY:
         others[DENSE] = found[DENSE]
+    else:
+        others["the better of dense bf16 and int4pack"] = min(found[DENSE], found[INT4PACK])
     lines = []
     for mode in MODES:
-        bar = {1: None, 4: 1.5, 16: 1.5, 128: 1.2}[rows] if main and mode == "cpu_int8" else None
         for named, peer in others.items():
+            barred = main and mode == "cpu_int8" and named != "the fastest peer"
+            bar = {1: None, 4: 1.5, 16: 1.5, 128: 1.2}[rows] if barred else None
             lines.append(row(f"{start}: {mode}, speed against {named}", peer / found[f"{mode} 4 bits"], "x", bar, True))
     return lines
 
@@ -107,8 +110,10 @@ def limits(found: dict[str, float], shape: str, main: bool) -> list[dict[str, An
         share = found[READING] / found[f"{mode} 4 bits"]
         lines.append(row(f"{shape}: {mode}, share of the read bandwidth", share, "", bar, True))
     for bits, faster in ((3, 1.15), (2, 1.4)):
-        ratio = found["cpu_int8 4 bits"] / found[f"cpu_int8 {bits} bits"]
-        lines.append(row(f"{shape}: {bits} bits against 4, cpu_int8", ratio, "x", faster if main else None, True))
+        for mode in MODES:
+            bar = faster if main and mode == "cpu_int8" else None
+            ratio = found[f"{mode} 4 bits"] / found[f"{mode} {bits} bits"]
+            lines.append(row(f"{shape}: {bits} bits against 4, {mode}", ratio, "x", bar, True))
     return lines
 
 

@@ -25,7 +25,7 @@ sys.path.pop(0)  # transformers would take benchmarks/kernels.py for the package
 
 import torch
 
-from tensorpress.kernels import measured, mpo_contraction, registry
+from tensorpress.kernels import cpu_linear, measured, mpo_contraction, registry
 from tensorpress.kernels.block_diagonal_linear import BlockDiagonalLinear
 from tensorpress.kernels.mpo_contraction import Contraction, Plan
 from tensorpress.kernels.mpo_linear import MPOLinear
@@ -184,7 +184,7 @@ def main() -> None:
         os.environ["TENSORPRESS_CACHE"] = folder  # what other sessions of this machine measured is not taken
         measured._notes.cache_clear()
         rows = measure(args.quick)
-    finish(rows, {"dtype": "bfloat16", "quick": args.quick}, args.json)
+    finish(rows, {"dtype": "bfloat16", "instructions": cpu_linear.instructions(), "quick": args.quick}, args.json)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,13 @@ def row(name: str, value: float, unit: str, bar: float | None, least: bool = Fal
     }  # fmt: skip
 
 
+def commit() -> str:
+    """The commit that is checked out, with `+` where files differ from it; `unknown` outside of a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    return found.stdout.strip() or "unknown"
+
+
 def finish(rows: list[dict[str, Any]], conditions: dict[str, Any], target: Path | None) -> None:
     """Print the table, write the file, and exit with 0 when every bar holds, else with 1."""
     import torch
@@ -31,7 +39,12 @@ def finish(rows: list[dict[str, Any]], conditions: dict[str, Any], target: Path 
         bar = "" if line["bar"] is None else f"{line['bar']:g}"
         table.add_row(line["name"], f"{line['value']:g} {line['unit']}", bar, "yes" if line["holds"] else "NO")
     Console().print(table)
-    machine = {"device": device_name(torch.device("cpu")), "threads": torch.get_num_threads(), "versions": versions()}
+    machine = {
+        "commit": commit(),
+        "device": device_name(torch.device("cpu")),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
     if target:
         target.write_text(json.dumps({"conditions": {**machine, **conditions}, "rows": rows}, indent=1) + "\n")
     raise SystemExit(0 if all(line["holds"] for line in rows) else 1)

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tensorpress.evaluators.base import Progress, no_progress
-from tensorpress.evaluators.reading import CompiledReader, Reader, TransformersReader, compiled_reader
+from tensorpress.evaluators.reading import CompiledReader, Reader, TransformersReader, cache_bytes, compiled_reader
 from tensorpress.evaluators.speed import resident_bytes
 from tensorpress.kernels import cpu_linear, registry
 from tensorpress.kernels.kernel_layer import KernelLayer, kernel_layers
@@ -54,13 +54,13 @@ class Backend:
                 found += sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
         return found
 
-    def peak_bytes(self) -> int:
-        """Bytes of weights: the model's, and what this backend keeps beside them."""
+    def peak_bytes(self, batch: int, places: int) -> int:
+        """Bytes of weights, the model's and what this backend keeps beside them, and of keys and values; activations are not counted."""
         layers = kernel_layers(self.model)
         own = resident_bytes(self.model) - sum(layer.kept_bytes() for layer in layers)
         if isinstance(self.reader, CompiledReader):
             return own + self.reader.kept_bytes
-        return own + sum(layer.kept_bytes(_names(layer)) for layer in layers)
+        return own + sum(layer.kept_bytes(_names(layer)) for layer in layers) + cache_bytes(self.model, batch, places)
 
 
 def _names(layer: KernelLayer) -> set[str]:
@@ -142,14 +142,27 @@ def measure(
         for backend, (reads, decodes) in zip(running, seconds, strict=True):
             backend.ready()
             rows.append(
-                _row(backend, batch, prompts.shape[1], reads, decodes, median(bandwidth) if bandwidth else None)
+                _row(
+                    backend,
+                    batch,
+                    prompts.shape[1],
+                    new_tokens,
+                    (reads, decodes),
+                    median(bandwidth) if bandwidth else None,
+                )
             )
     return rows
 
 
 def _row(
-    backend: Backend, batch: int, length: int, reads: list[float], decodes: list[float], bandwidth: float | None
+    backend: Backend,
+    batch: int,
+    length: int,
+    new_tokens: int,
+    seconds: tuple[list[float], list[float]],
+    bandwidth: float | None,
 ) -> dict[str, Any]:
+    reads, decodes = seconds
     rate = backend.weight_bytes(batch) / median(decodes)
     return {
         "of": backend.of,
@@ -165,7 +178,7 @@ def _row(
         "decode_ms_p90": 1e3 * _p90(decodes),
         "weight_gigabytes_per_second": rate / 1e9,
         "share_of_read_bandwidth": None if bandwidth is None else rate / bandwidth,
-        "peak_memory_bytes": backend.peak_bytes(),
+        "peak_memory_bytes": backend.peak_bytes(batch, length + new_tokens),
     }
 
 

@@ -104,10 +104,15 @@ def room_for(model: PreTrainedModel, places: int) -> int:
     weights = (
         sum(layer.in_features * layer.out_features * getattr(layer, "bits", 16) // 8 for layer in linears) * 9 // 8
     )
+    return weights + cache_bytes(model, 1, places)
+
+
+def cache_bytes(model: PreTrainedModel, batch: int, places: int) -> int:
+    """Bytes of the keys and values of so many texts of so many tokens."""
     config = model.config
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     shared = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return weights + 2 * config.num_hidden_layers * shared * head * places * model.dtype.itemsize
+    return 2 * batch * config.num_hidden_layers * shared * head * places * model.dtype.itemsize
 
 
 def reader_for(model: PreTrainedModel, kernels: str, places: int) -> Reader:

@@ -57,7 +57,7 @@ def merged(shapes: Sequence[Shape], plan: Plan) -> list[Shape]:
     found, first = [], 0
     for end in plan.ends:
         group = shapes[first:end]
-        found.append((group[0][0], math.prod(s[1] for s in group), math.prod(s[2] for s in group), group[-1][3]))
+        found.append((group[0][0], math.prod([s[1] for s in group]), math.prod([s[2] for s in group]), group[-1][3]))
         first = end
     return found
 
@@ -65,7 +65,7 @@ def merged(shapes: Sequence[Shape], plan: Plan) -> list[Shape]:
 def steps(shapes: Sequence[Shape], plan: Plan, rows: int) -> list[tuple[int, int, int, int]]:
     """(products, outputs of one, what is summed over, columns of one) of each step on `rows` inputs."""
     groups = merged(shapes, plan)
-    inputs, outputs, found = math.prod(s[2] for s in groups), 1, []
+    inputs, outputs, found = math.prod([s[2] for s in groups]), 1, []
     for left, i, j, right in groups if plan.side == "left" else reversed(groups):
         inputs //= j
         if plan.side == "left":

@@ -48,7 +48,7 @@ def mpo_apply(cores: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
 def apply_cost(cores: Sequence[torch.Tensor] | Sequence[torch.Size], tokens: int) -> int:
     """Multiply-adds of `mpo_apply` on `tokens` inputs."""
     shapes = [tuple(core.shape) if isinstance(core, torch.Tensor) else tuple(core) for core in cores]
-    rest, outputs, cost = math.prod(s[2] for s in shapes), 1, 0
+    rest, outputs, cost = math.prod([s[2] for s in shapes]), 1, 0
     for left, i, j, right in shapes:
         rest //= j
         cost += tokens * outputs * rest * left * j * i * right

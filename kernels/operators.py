@@ -1,7 +1,7 @@
 """The quantized layer as an operator of torch's library: `torch.compile` puts it into a graph whole, where ctypes would break it.
 
 `tensorpress::quantized_linear` takes the layer's tensors and the name of a kernel, and does at run time what the layer itself does: `auto` is
-measured and remembered, what compiled kernels keep is shared with the layer. MPO layers are plain products and need no operator.
+measured and remembered, what compiled kernels keep is shared with the layer. Other layers are plain operations in a graph: the backend that has gradients.
 """
 
 from __future__ import annotations

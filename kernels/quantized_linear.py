@@ -99,9 +99,8 @@ class QuantizedLinear(KernelLayer):
         return dequantize(self.qweight, self.qzeros, self.scales, self.g_idx, self.bits, self.zero_offset).T
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_exporting():
-            return quantized_linear_reference(self, x)
-        if torch.compiler.is_compiling() and not (torch.is_grad_enabled() and x.requires_grad):
+        learns = torch.is_grad_enabled() and x.requires_grad
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not learns:
             return operators.quantized_linear(
                 x, self.qweight, self.qzeros, self.scales, self.g_idx, self.bias, self.bits, self.group_size, self.zero_offset,
                 self.kernel,

@@ -7,7 +7,14 @@ import torch
 
 from tensorpress.evaluators import reading
 from tensorpress.evaluators.backends import backends_of, measure
-from tensorpress.evaluators.reading import COMPILED, TRANSFORMERS, CompiledReader, TransformersReader, reader_for
+from tensorpress.evaluators.reading import (
+    COMPILED,
+    TRANSFORMERS,
+    CompiledReader,
+    TransformersReader,
+    cache_bytes,
+    reader_for,
+)
 from tensorpress.evaluators.speed import resident_bytes
 from tensorpress.kernels import cpu_linear
 from tensorpress.kernels.block_diagonal_linear import BlockDiagonalLinear
@@ -119,10 +126,11 @@ def test_structured_layers_are_measured_and_counted(make_model):
     rows = {row["backend"]: row for row in measure([*made.values()], torch.randint(64, (2, 5)), 2, 1)}
     assert rows["blocks"]["kernels"]["block_diagonal_linear:blocks"] == 1
     assert rows["matrix"]["kernels"]["semi_structured_linear:matrix"] == 1
-    kept = 2 * 4 * 48 * 32
-    assert resident_bytes(model) >= rows["matrix"]["peak_memory_bytes"]
+    kept, texts = 2 * 4 * 48 * 32, cache_bytes(model, 2, 7)
+    heads, head = model.config.num_key_value_heads, model.config.hidden_size // model.config.num_attention_heads
+    assert texts == 2 * model.config.num_hidden_layers * heads * head * 7 * 2 * 4
     use_kernels(model, "reference")
-    assert rows["matrix"]["peak_memory_bytes"] == resident_bytes(model) + kept
+    assert rows["matrix"]["peak_memory_bytes"] == resident_bytes(model) + kept + texts
 
 
 def test_one_backend_by_name_and_mpo_layers(make_model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import mmap
 import os
 import shutil
@@ -187,6 +188,44 @@ def test_threads_and_calls_at_once_give_the_same_bits(seed):
         torch.set_num_threads(before)
 
 
+def test_torchs_own_threads_are_found():
+    """Else all products would be of one thread; another kind of threads than OpenMP's has no such function."""
+    assert cpu_linear._torch_threads() is not None or "OpenMP" not in torch.__config__.parallel_info()
+
+
+WITHOUT = """
+import sys, torch
+from pathlib import Path
+from tensorpress.kernels import cpu_linear, registry
+cpu_linear.FILE = Path("/nowhere/libcpu.so.1")
+cpu_linear.compiled.cache_clear()
+from tensorpress.kernels.quantized_linear import QuantizedLinear
+index = torch.arange(64) // 32
+layer = QuantizedLinear.from_integers(
+    torch.randint(0, 16, (64, 8)), torch.full((2, 8), 8), torch.rand(2, 8), index, 4, 32, None
+)
+layer.kernel, x = "auto", torch.randn(3, 64)
+with torch.no_grad():
+    assert torch.allclose(layer(x), x @ layer.dense_weight().T, atol=1e-4)
+print(cpu_linear.compiled(), cpu_linear.instructions(), *registry.names_in_use(layer))
+sys.argv = ["tensorpress", "doctor"]
+from tensorpress.cli.main import main
+main()
+"""
+
+
+def test_without_compiled_code_the_reference_works_and_doctor_says_so():
+    ended = subprocess.run(
+        [sys.executable, "-c", WITHOUT],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "COLUMNS": "300"},
+    )
+    assert ended.stdout.startswith("None None quantized_linear:reference"), ended.stderr
+    assert "were not built" in ended.stdout
+
+
 FORK = """
 import os, torch
 from tensorpress.kernels import cpu_linear, registry
@@ -214,7 +253,7 @@ def test_a_forked_process_goes_on():
 
 @pytest.mark.parametrize("bits", BITS)
 def test_nothing_behind_the_end_is_read(level, bits, seed):
-    """Weights, scales, zeros and inputs each end where a page begins that cannot be read."""
+    """Every array, of the layer, packed, inputs and result, ends where a page begins that can be neither read nor written."""
     libc = ctypes.CDLL(None, use_errno=True)
     kept = []
 
@@ -229,17 +268,28 @@ def test_nothing_behind_the_end_is_read(level, bits, seed):
         return view.view(tensor.shape).copy_(tensor)
 
     try:
-        for symmetric in (True, False):
-            layer = make(192, 21, 64, bits, symmetric)
+        for inputs, group, symmetric, order in (
+            (192, 64, True, False),
+            (189, 64, False, False),
+            (100, 32, False, True),
+        ):
+            layer = make(inputs, 21, group, bits, symmetric, order)
+            plain = cpu_linear.Packed(layer)
+            for name in ("qweight", "qzeros", "scales", "g_idx"):
+                setattr(layer, name, at_the_end(getattr(layer, name)))
             packed = cpu_linear.Packed(layer)
-            for name in ("data", "scale", "zero", "bias"):
+            for name in ("data", "scale", "zero", "order", "bias"):
                 if getattr(packed, name) is not None:
                     setattr(packed, name, at_the_end(getattr(packed, name)))
                     setattr(packed.weights, name, getattr(packed, name).data_ptr())
-            for rows in (1, 6):
-                x = at_the_end(torch.randn(rows, 192))
-                for mode in (0, 1):
-                    close(packed(x, mode), cpu_linear.Packed(layer)(x.clone(), mode).double(), 1.0, 0.0)
+            for rows, dtype, mode in itertools.product((1, 6, 9), (torch.float32, torch.bfloat16), (0, 1)):
+                x, y = at_the_end(torch.randn(rows, inputs).to(dtype)), at_the_end(torch.zeros(rows, 21, dtype=dtype))
+                call = cpu_linear._Call(
+                    ctypes.pointer(packed.weights), x.data_ptr(), y.data_ptr(), rows, inputs, cpu_linear.TYPES[dtype], mode,
+                    cpu_linear.TYPES[dtype], 0, None,
+                )  # fmt: skip
+                assert cpu_linear.compiled().tp_linear(ctypes.byref(call), 2) == 0
+                assert torch.equal(y, plain(x.clone(), mode))
     finally:
         for _, start, page in kept:
             libc.mprotect(ctypes.c_void_p(start), page, mmap.PROT_READ | mmap.PROT_WRITE)

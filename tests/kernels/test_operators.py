@@ -8,16 +8,21 @@ import pytest
 import torch
 from torch import nn
 
-from tensorpress.kernels import cpu_linear, operators
+from tensorpress.kernels import cpu_linear, operators, registry
+from tensorpress.kernels.block_diagonal_linear import BlockDiagonalLinear
+from tensorpress.kernels.mpo_linear import MPOLinear
 from tensorpress.kernels.quantized_linear import QuantizedLinear
+from tensorpress.kernels.semi_structured_linear import SemiStructuredLinear
+from tensorpress.structure import find_structure, set_module
 
 KERNELS = ["auto", "reference", *(["cpu", "cpu_int8"] if cpu_linear.compiled() is not None else [])]
 
 
 def make(inputs=96, outputs=24, bits=4, bias=True):
-    zeros = torch.randint(1, 1 << bits, (inputs // 32, outputs))
+    groups = -(-inputs // 32)
+    zeros = torch.randint(1, 1 << bits, (groups, outputs))
     return QuantizedLinear.from_integers(
-        torch.randint(0, 1 << bits, (inputs, outputs)), zeros, torch.rand(inputs // 32, outputs), torch.arange(inputs) // 32,
+        torch.randint(0, 1 << bits, (inputs, outputs)), zeros, torch.rand(groups, outputs), torch.arange(inputs) // 32,
         bits, 32, torch.randn(outputs) if bias else None,
     )  # fmt: skip
 
@@ -53,6 +58,45 @@ def test_compiled_it_is_one_graph_with_the_same_numbers(kernel, seed):
             assert torch.allclose(whole(model)(x), wanted, atol=1e-5 * float(wanted.abs().max()))
 
 
+def others():
+    """Layers of the other kinds, each with its kernels."""
+    sparse = torch.randn(24, 96)
+    sparse.view(24, 24, 4)[..., ::2] = 0
+    cores = [torch.randn(1, 4, 12, 5), torch.randn(5, 6, 8, 1)]
+    return {
+        "mpo": MPOLinear.from_cores(cores, torch.randn(24)),
+        "low rank": MPOLinear.from_low_rank(torch.randn(24, 3), torch.randn(3, 96), None),
+        "2:4": SemiStructuredLinear.from_dense(sparse, None),
+        "blocks": BlockDiagonalLinear.from_blocks(torch.randn(4, 6, 24), None),
+    }
+
+
+@pytest.mark.parametrize("kind", ["mpo", "low rank", "2:4", "blocks"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layers_of_other_kinds_do_not_break_a_graph(kind, dtype, seed):
+    layer = others()[kind].to(dtype)
+    x = torch.randn(3, 96).to(dtype)
+    with torch.no_grad():
+        wanted = layer(x)
+        for kernel, backend in registry.backends(layer.operation).items():
+            if backend.can_run(layer):
+                layer.kernel = kernel
+                assert torch.allclose(whole(layer)(x).float(), wanted.float(), atol=0.03 * float(wanted.abs().max()))
+
+
+def test_a_whole_model_is_one_graph(make_model, make_ids, seed):
+    model = make_model("llama", num_hidden_layers=1)
+    for path in find_structure(model).linear_paths:
+        layer = model.get_submodule(path)
+        set_module(model, path, make(layer.in_features, layer.out_features, bias=False))
+        model.get_submodule(path).kernel = "auto"
+    ids = make_ids(1, 9)
+    with torch.no_grad():
+        wanted = model(input_ids=ids, use_cache=False).logits
+        found = whole(model)(input_ids=ids, use_cache=False).logits
+    assert torch.allclose(found, wanted, atol=1e-4 * float(wanted.abs().max()))
+
+
 @pytest.mark.skipif(cpu_linear.compiled() is None, reason="the compiled kernels were not built")
 def test_packed_weights_are_shared_made_anew_and_let_go(seed):
     layer, x = make(), torch.randn(2, 96)
@@ -64,6 +108,8 @@ def test_packed_weights_are_shared_made_anew_and_let_go(seed):
         assert [each["packed"] for each in operators._kept[layer.qweight].values()] == [layer.packed]
         layer.scales.mul_(2)
         assert not torch.equal(compiled(x), before) and torch.equal(compiled(x), layer(x))
+    torch.compiler.reset()
+    gc.collect()  # what other tests left
     known = len(operators._kept)
     compiled = layer = None
     torch.compiler.reset()
