@@ -17,12 +17,14 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from decoder import PROMPT, SIZES, SMALL, TOKENS, by_decoder, quantized, random_model
+from kernels_peers import Run, peers
 from rows import finish, row
 
 from tensorpress.kernels import cpu_linear
@@ -63,21 +65,28 @@ class Peer:
 
 
 def layers(peer: Peer, shapes: tuple[tuple[int, int], ...], repeats: int, quick: bool) -> list[dict[str, Any]]:
-    """Single products: llama.cpp's in its own layout, ours in both modes, in turns."""
+    """Single products: llama.cpp's in its own layout, ours in both modes, those of torch (and torchao, where it is), in turns."""
     found = []
     for inputs, outputs in shapes:
         peer.ask(layer=[inputs, outputs], threads=torch.get_num_threads())
-        ours = _packed(inputs, outputs)
+        ours, torchs = (
+            _packed(inputs, outputs),
+            {name: deque(runs) for name, runs in peers(inputs, outputs, False).items()},
+        )
         for rows in ROWS:
             x = torch.randn(rows, inputs).bfloat16()
-            seconds: dict[str, list[float]] = {"llama.cpp": [], "cpu": [], "cpu_int8": []}
+            seconds: dict[str, list[float]] = {name: [] for name in ("llama.cpp", "cpu", "cpu_int8", *torchs)}
             for _ in range(3):
                 answer = peer.ask(rows=rows, repeats=repeats)
                 seconds["llama.cpp"] += answer["seconds"]
                 time.sleep(PAUSE)
                 for mode in ("cpu", "cpu_int8"):
                     ours.rotate(-len(ours) // 2)  # a turn does not find what the last one read
-                    seconds[mode] += _times(ours, x, mode, repeats)
+                    products = [partial(packed, mode=cpu_linear.MODES[mode]) for packed in ours]
+                    seconds[mode] += _times(products, x, repeats)
+                for name, runs in torchs.items():
+                    runs.rotate(-len(runs) // 2)
+                    seconds[name] += _times(runs, x, repeats if rows < 16 else 1)
                 time.sleep(PAUSE)
             name = f"{inputs}x{outputs}, {rows} rows"
             for mode, times in seconds.items():
@@ -101,11 +110,11 @@ def _packed(inputs: int, outputs: int) -> deque[Packed]:
     return deque(Packed(layer) for _ in range(max(2, round(ROOM / (inputs * outputs / 2)))))
 
 
-def _times(packed: Sequence[Packed], x: torch.Tensor, mode: str, repeats: int) -> list[float]:
+def _times(runs: Sequence[Run], x: torch.Tensor, repeats: int) -> list[float]:
     seconds = []
     for repeat in range(repeats + 2):
         began = time.perf_counter()
-        packed[repeat % len(packed)](x, cpu_linear.MODES[mode])
+        runs[repeat % len(runs)](x)
         seconds.append(time.perf_counter() - began)
     return seconds[2:]
 
