@@ -207,7 +207,7 @@ class GPTQ(Compressor):
         if self.group_size != -1 and self.group_size < 1:
             raise InputError(f"group_size: found {self.group_size}, expected -1 (whole row) or a positive number")
         dense = self._targets(model, structure)
-        if not dense and not kernel_layers(model):
+        if not dense and all(isinstance(layer, QuantizedLinear) for layer in kernel_layers(model)):
             raise InputError("gptq: the model has no dense linear layers left in its blocks")
         for path in dense:
             inputs = linear_shape(model.get_submodule(path))[1]
