@@ -119,11 +119,16 @@ class Served(NamedTuple):
         return "tensorpress", self.token
 
     def api(self, method: str, path: str, **body: Any) -> httpx.Response:
-        """A request to Prefect as its own client makes it."""
+        """A request to Prefect as its own client makes it: asked again while the server's database is busy (503)."""
         with httpx.Client(base_url=f"{self.prefect}/api", auth=self.auth, timeout=30, trust_env=False) as client:
             token = client.get("/csrf-token", params={"client": "test"}).json()["token"]
             headers = {"Prefect-Csrf-Token": token, "Prefect-Csrf-Client": "test"}
-            return client.request(method, path, headers=headers, **({"json": body} if method != "GET" else {}))
+            end = time.monotonic() + 30
+            while True:
+                answer = client.request(method, path, headers=headers, **({"json": body} if method != "GET" else {}))
+                if answer.status_code != 503 or time.monotonic() > end:
+                    return answer
+                time.sleep(0.5)
 
     def deployment(self, name: str) -> dict[str, Any]:
         answer = self.api("GET", f"/deployments/name/{name}")
@@ -134,6 +139,12 @@ class Served(NamedTuple):
         """Start a run of a deployment as the form does."""
         path = f"/deployments/{self.deployment(name)['id']}/create_flow_run"
         return self.api("POST", path, parameters={"parameters": parameters}, state={"type": "SCHEDULED"})
+
+    def started(self, name: str, **parameters: Any) -> str:
+        """The id of a run that a deployment took."""
+        answer = self.start(name, **parameters)
+        assert answer.status_code == 201, (answer.status_code, answer.text)
+        return str(answer.json()["id"])
 
     def flow_run(self, run_id: str) -> dict[str, Any]:
         answer = self.api("GET", f"/flow_runs/{run_id}")

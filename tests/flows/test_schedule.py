@@ -74,7 +74,7 @@ def _the_same_again(served: Any, recipe_text: Any, digest: str) -> None:
     (page,) = [artifact["data"] for artifact in found if artifact["key"] == "nightly"]
     assert "is the champion already" in page and digest[:12] in page and "nowhere" in page
     larger = {"recipe": "the text below", "text": good["text"], "overrides": ["steps.quantize.bits=8"]}
-    run = served.ended(served.start("nightly/nightly", runs=[larger]).json()["id"])
+    run = served.ended(served.started("nightly/nightly", runs=[larger]))
     assert (run["state_type"], run["state_name"]) == ("COMPLETED", "Worse"), run["state"]
     assert "size: " in run["state"]["message"] and "worse" in run["state"]["message"]
 

@@ -166,7 +166,7 @@ def test_a_recipe_that_cannot_be_used_fails_with_its_line(served):
 def test_cancel(served, recipe_text):
     steps = {"heal": {"use": "distill", "after": "model", "tokens": 50_000_000, "batch_tokens": 128}}
     text = recipe_text(name="long", steps=steps)
-    run_id = served.start("compress/compress", recipe="the text below", text=text).json()["id"]
+    run_id = served.started("compress/compress", recipe="the text below", text=text)
     end = time.monotonic() + 90
     while not list((served.store / "models").glob(".part-*")) and not _tasks(served, run_id, "long: heal"):
         assert time.monotonic() < end

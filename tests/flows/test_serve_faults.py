@@ -100,7 +100,7 @@ def test_a_run_that_is_killed_leaves_nothing_at_work(served, recipe_text):
     """kill -9 of a night's process: the next run tells of the night, of the run below it and of their tasks."""
     steps = {"heal": {**HEAL, "tokens": FOR_EVER}}
     runs = [{"recipe": "the text below", "text": recipe_text(name="killed", steps=steps)}]
-    night = served.start("nightly/nightly", runs=runs).json()["id"]
+    night = served.started("nightly/nightly", runs=runs)
     end = time.monotonic() + 90
     below: list[dict] = []
     while not below or served.tasks_of(below[0]["id"]).get("killed: heal") != "RUNNING":
@@ -154,7 +154,7 @@ def test_a_step_that_fails_is_told_once(served, recipe_text):
 
 @pytest.mark.timeout(600)
 def test_the_deployment_that_measures_speed(served):
-    run_id = served.start("benchmark/benchmark", model="llama", prompt=16, tokens=4, repeats=1).json()["id"]
+    run_id = served.started("benchmark/benchmark", model="llama", prompt=16, tokens=4, repeats=1)
     assert served.ended(run_id)["state_type"] == "COMPLETED"
     found = served.api("POST", "/artifacts/filter", flow_runs={"id": {"any_": [run_id]}}).json()
     pages = {artifact["key"]: artifact["data"] for artifact in found}
