@@ -46,12 +46,18 @@ struct Jobs {
     int count;
 };
 
+// How many int8 are a number of the input; 0 where it is none.
+int integers_of(const struct tp_kernels *set, const struct tp_call *call) {
+    if (call->w->bits > 8) return 0;
+    return call->mode == TP_INT8 ? 1 : call->w->bits <= set->digits ? 2 : 0;
+}
+
 // Whether two layers want the same input in the same form.
-bool alike(const struct tp_call *a, const struct tp_call *b) {
+bool alike(const struct tp_kernels *set, const struct tp_call *a, const struct tp_call *b) {
     const struct tp_weights *v = a->w, *w = b->w;
-    const bool integers = tp_by_integers(a) && tp_by_integers(b);
+    const int integers = integers_of(set, a);
     return v->inputs == w->inputs && v->group == w->group && v->groups == w->groups && v->order == w->order &&
-           (v->bits == w->bits || integers);
+           (v->bits == w->bits || integers) && integers == integers_of(set, b);
 }
 
 void prepare_tile(void *pointer, int64_t at, float *row) {
@@ -172,8 +178,9 @@ void pack_rest(const struct Source *from, int64_t block, int64_t place, uint8_t 
         for (int64_t lane = 0; lane < lanes; ++lane) {
             const uint32_t q = field(from->words + block * TP_LANES + lane, w->outputs, k, bits);
             if (bits == 3) {
-                to[64 * (step / 4) + 4 * lane + j] |= (uint8_t)((q & 3) << (2 * (step % 4)));
-                to[128 + 4 * lane + j] |= (uint8_t)((q >> 2) << step);
+                const int64_t half = 4 * (step % 2);
+                if (step < 6) to[64 * (step / 2) + 4 * lane + j] |= (uint8_t)(q << half);
+                else for (int p = 0; p < 3; ++p) to[64 * p + 4 * lane + j] |= (uint8_t)((q >> p & 1) << (3 + half));
             } else to[4 * lane + j] |= (uint8_t)(q << (bits == 8 ? 0 : bits * step));
         }
     }
@@ -303,15 +310,16 @@ int tp_multiply(const struct tp_call *calls, int count, int threads) {
         blocks += w->blocks;
         work += w->blocks * TP_LANES * w->groups * w->group / 4 * (3 + call->rows);
         for (job->prepared_by = 0; job->prepared_by < jobs.count; ++job->prepared_by)
-            if (alike(call, jobs.job[job->prepared_by].call)) break;
+            if (alike(jobs.set, call, jobs.job[job->prepared_by].call)) break;
         if (job->prepared_by == jobs.count++) {
-            const bool integers = tp_by_integers(call), sparse = w->bits == TP_SPARSE;
-            const bool digits = jobs.set->digits && !integers && w->bits <= 4 && call->rows == 1;
-            in->parts = digits ? 3 : jobs.set->is_bf16 && !integers && !sparse && call->type != TP_BF16 ? 2 : 1;
+            const bool sparse = w->bits == TP_SPARSE;
+            const int integers = integers_of(jobs.set, call);
+            in->integers = integers > 0;
+            in->parts = integers ? integers : jobs.set->is_bf16 && !sparse && call->type != TP_BF16 ? 2 : 1;
             const int64_t rows = call->rows * in->parts, places = w->groups * w->group;
-            in->tile = digits ? 3 : tile_rows(rows, sparse ? TP_SPARSE_ROWS : jobs.set->most_rows);
+            in->tile = tile_rows(rows, sparse ? TP_SPARSE_ROWS : jobs.set->most_rows);
             in->tiles = (rows + in->tile - 1) / in->tile;
-            in->bytes_per_tile = (size_t)(integers || digits ? places * in->tile : sparse ? 4 * places * in->tile : places / 2 * in->tile * (int64_t)jobs.set->pair_bytes);
+            in->bytes_per_tile = (size_t)(integers ? places * in->tile : sparse ? 4 * places * in->tile : places / 2 * in->tile * (int64_t)jobs.set->pair_bytes);
             tiles += in->tiles;
             size += in->bytes_per_tile * (size_t)in->tiles + 2 * (size_t)(in->tiles * in->tile * w->groups) * 4 + 3 * TP_ALIGN;
             const size_t row = (size_t)(places + (call->fill && w->order ? w->inputs : 0));

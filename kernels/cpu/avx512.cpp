@@ -17,6 +17,7 @@ namespace {
 
 struct Set {
     static constexpr int most_rows = 16;
+    static constexpr int digits = 0;
     using Int = __m512i;
     using Float = __m512;
     using Bytes = __m512i;
@@ -78,23 +79,22 @@ struct Set {
 };
 
 template <> struct Set::Planes<3> {
-    __m512i low[2], high;
-    explicit Planes(const uint8_t *data)
-        : low{_mm512_load_si512(data), _mm512_load_si512(data + 64)}, high(_mm512_load_si512(data + 128)) {}
-    // bits 0 and 1 from the low plane, the others from the high one, whose bit `step` comes to be bit 2
-    __m512i index(int low_shift, int high_shift, int plane) const {
-        const __m512i a = low_shift ? _mm512_srli_epi16(low[plane], low_shift) : low[plane];
-        const __m512i b = high_shift > 0   ? _mm512_srli_epi16(high, high_shift)
-                          : high_shift < 0 ? _mm512_slli_epi16(high, -high_shift)
-                                           : high;
-        return _mm512_ternarylogic_epi32(_mm512_set1_epi8(3), a, b, 0xCA); // mask ? a : b
+    __m512i plane[3];
+    explicit Planes(const uint8_t *data) : plane{_mm512_load_si512(data), _mm512_load_si512(data + 64), _mm512_load_si512(data + 128)} {}
+    // Steps 2 p and 2 p + 1 in the halves of each byte, of which the fourth bits may be anything.
+    __m512i fours(int p) const {
+        if (p < 3) return plane[p];
+        const __m512i two = _mm512_ternarylogic_epi32(_mm512_set1_epi8(0x22), _mm512_srli_epi16(plane[1], 2), _mm512_srli_epi16(plane[2], 1), 0xCA);
+        return _mm512_ternarylogic_epi32(_mm512_set1_epi8(0x11), _mm512_srli_epi16(plane[0], 3), two, 0xCA); // mask ? a : b
     }
     Bytes bytes(int step) const {
-        return _mm512_and_si512(index(2 * (step & 3), step - 2, step >> 2), _mm512_set1_epi8(7));
+        const __m512i both = fours(step / 2);
+        return _mm512_and_si512(step & 1 ? _mm512_srli_epi16(both, 4) : both, _mm512_set1_epi8(7));
     }
-    Halves halves(int step) const {
-        const int s = step & 7, upper = step < 8 ? 0 : 8;
-        return _mm512_permutexvar_epi16(index(upper + 2 * (s & 3), upper + s - 2, s >> 2), table<3>());
+    Halves halves(int t) const {
+        const int step = t & 7, shift = (t < 8 ? 0 : 8) + 4 * (step & 1);
+        const __m512i both = fours(step / 2);
+        return _mm512_permutexvar_epi16(shift ? _mm512_srli_epi16(both, shift) : both, table<3>());
     }
 };
 
@@ -125,6 +125,6 @@ template <> struct Set::Planes<16> {
 
 } // namespace
 
-extern "C" const struct tp_kernels tp_avx512 = {"avx512", sizeof(Set::Pair), Set::most_rows, true, false, prepare, work, &vector};
+extern "C" const struct tp_kernels tp_avx512 = {"avx512", sizeof(Set::Pair), Set::most_rows, true, Set::digits, prepare, work, &vector};
 TP_TARGET_END
 #endif

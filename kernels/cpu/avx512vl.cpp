@@ -5,6 +5,6 @@
 TP_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 #include "avx2.inc"
 
-extern "C" const struct tp_kernels tp_avx512vl = {"avx512vl", sizeof(Set::Pair), Set::most_rows, false, true, prepare, work, &vector};
+extern "C" const struct tp_kernels tp_avx512vl = {"avx512vl", sizeof(Set::Pair), Set::most_rows, false, Set::digits, prepare, work, &vector};
 TP_TARGET_END
 #endif

@@ -6,6 +6,6 @@
 TP_TARGET_BEGIN("avx2,fma,f16c,avxvnni")
 #include "avx2.inc"
 
-extern "C" const struct tp_kernels tp_avxvnni = {"avxvnni", sizeof(Set::Pair), Set::most_rows, false, true, prepare, work, &vector};
+extern "C" const struct tp_kernels tp_avxvnni = {"avxvnni", sizeof(Set::Pair), Set::most_rows, false, Set::digits, prepare, work, &vector};
 TP_TARGET_END
 #endif

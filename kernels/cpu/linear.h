@@ -5,8 +5,8 @@
 //   8 bits: 4 inputs,  byte j of a lane is input j;
 //   4 bits: 8 inputs,  byte j holds inputs j (low half) and 4 + j;
 //   2 bits: 16 inputs, byte j holds inputs j, 4 + j, 8 + j, 12 + j, from the lowest bits up;
-//   3 bits: 32 inputs in three planes: the two low bits of inputs 0 to 15 and of 16 to 31 as above, then the high bits, of which bit s
-//           of byte j belongs to input 4 s + j;
+//   3 bits: 32 inputs in three planes of 4 bits, which hold inputs 0 to 23, 8 each, as above; the fourth bits of plane p, which those do
+//           not use, are the p-th of inputs 24 + j and 28 + j;
 //   16 bits: no integers but bf16, 4 inputs in two planes: inputs 0 and 2 of each lane, inputs 1 and 3;
 //   TP_SPARSE: see sparse.inc.
 // So four inputs side by side are the four bytes of a lane after one shift and one mask, which is what vpdpbusd multiplies; and two
@@ -57,26 +57,25 @@ struct tp_call {
 };
 
 // The input as the kernel of a mode wants it. Where the kernel multiplies bf16 and the input is finer, a row is two here: what bf16 has of
-// it, and the rest. Where it multiplies bytes faster than floats, one row of weight-only mode is three of int8 (`prepare_digits`). Tiles of `tile` such rows, each [groups * group / 4][tile] words of four inputs (int8), or
+// it, and the rest. Where it multiplies bytes faster than floats, a row of weight-only mode is two of int8, the upper and the lower half of
+// 16-bit integers. Tiles of `tile` such rows, each [groups * group / 4][tile] words of four inputs (int8), or
 // [groups * group / 2][tile] pairs (2:4 sparsity: [groups * group / 4][tile] fours), then one scale and one sum for each group and row.
 struct tp_input {
-    int64_t parts, tile, tiles; // parts of a row: 1, 2, or 3 of int8
+    bool integers;
+    int64_t parts, tile, tiles; // parts of a row: 1 or 2
     void *values;
-    float *scale; // [tiles][groups][tile], int8 alone
-    void *sum;    // [tiles][groups][tile] int32 (int8) or float (weight only)
+    float *scale; // [tiles][groups][tile], integers alone
+    void *sum;    // [tiles][groups][tile] int32 (integers) or float
     size_t bytes_per_tile;
 };
-
-// Whether inputs are rounded to integers.
-static inline bool tp_by_integers(const struct tp_call *call) { return call->mode == TP_INT8 && call->w->bits <= 8; }
 
 // What an instruction set provides.
 struct tp_kernels {
     const char *name;
     size_t pair_bytes; // of two inputs in weight-only mode
     int most_rows;     // of the input that are worked on at once
-    bool is_bf16;      // what weight-only mode multiplies
-    bool digits;       // for one row, and weights of up to 4 bits, three int8 in place of a float
+    bool is_bf16;      // what weight-only mode multiplies, else floats
+    int digits;        // of weights, up to which it multiplies two int8 for an input
     void (*prepare)(const struct tp_call *, const struct tp_input *, int64_t tile, float *row);
     void (*work)(const struct tp_call *, const struct tp_input *, int64_t first_block, int64_t last_block);
     const struct tp_vector *vector;

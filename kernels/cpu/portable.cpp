@@ -16,4 +16,4 @@ Lanes::Float Lanes::halves_to_float(const uint16_t *half) {
 }
 } // namespace
 
-extern "C" const struct tp_kernels tp_portable = {"portable", sizeof(Set::Pair), Set::most_rows, false, false, prepare, work, &vector};
+extern "C" const struct tp_kernels tp_portable = {"portable", sizeof(Set::Pair), Set::most_rows, false, Set::digits, prepare, work, &vector};

@@ -62,23 +62,39 @@ def oracle(layer, x):
     return y if layer.bias is None else y + layer.bias.double()
 
 
-def rounded_inputs(layer, x):
-    """What 8-bit inputs stand for: rounded by a scale for each token and piece of a group."""
+def rounded_inputs(layer, x, most=127.0):
+    """What integer inputs stand for, rounded by a scale for each token and piece of a group; and their steps, in the shape of x."""
     pieces, order = cpu_linear.places(layer.g_idx, layer.scales.shape[0])
     places = order.view(len(pieces), -1)
-    out = torch.zeros_like(x, dtype=torch.float64)
+    out, steps = torch.zeros_like(x, dtype=torch.float64), torch.zeros_like(x, dtype=torch.float64)
     for piece in places:
         piece = piece[piece >= 0].long()
         part = x[:, piece].float()
         top = part.abs().amax(1, keepdim=True)
-        ratio = torch.where(top > 1e-30, 127.0 / top, 0.0)
+        ratio = torch.where(top > 1e-30, most / top, 0.0)
         q = part * ratio
         q = torch.trunc(q + torch.where(q < 0, -0.5, 0.5))
-        out[:, piece] = q.double() * (top / 127.0).double()
-    return out
+        steps[:, piece] = (top / most).double()
+        out[:, piece] = q.double() * steps[:, piece]
+    return out, steps
 
 
-def close(y, wanted, size, tolerance):
+SIXTEEN = 32630.0
+"""The largest integer of 16-bit inputs, which are two of 8 bits."""
+
+
+def rounding(level, layer, x):
+    """The most that results of weight-only mode may be off, for inputs in fp32."""
+    size = sizes(layer, x)
+    if level == "avx512":  # two bf16
+        return 1e-5 * size
+    if level == "portable" or (level == "avx2" and layer.bits == 8):
+        return 1e-6 * size
+    bias = 0 if layer.bias is None else layer.bias.double().abs()
+    return 1e-6 * size + 0.501 * (sizes(layer, rounded_inputs(layer, x, SIXTEEN)[1]) - bias)
+
+
+def close(y, wanted, size, tolerance=1.0):
     """Errors relative to the size that the sums have, not to sums that cancel."""
     assert y.shape == wanted.shape
     assert ((y.double() - wanted).abs() <= tolerance * size).all(), ((y.double() - wanted).abs() / size).max()
@@ -98,10 +114,10 @@ def sizes(layer, x):
 def test_weight_only_is_exact_up_to_rounding(level, bits, shape, seed):
     for layer, x in cases(shape, bits):
         y = registry.backends("quantized_linear")["cpu"].run(layer, x)
-        close(y, oracle(layer, x), sizes(layer, x), 1e-5 if level == "avx512" else 1e-6)  # two bf16 have 16 bits
+        close(y, oracle(layer, x), rounding(level, layer, x))
         near = x.bfloat16().float()
         y = registry.backends("quantized_linear")["cpu"].run(layer, near)
-        close(y, oracle(layer, near), sizes(layer, near), 1e-6)
+        close(y, oracle(layer, near), 1e-6 * sizes(layer, near) if level == "avx512" else rounding(level, layer, near))
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -109,9 +125,22 @@ def test_weight_only_is_exact_up_to_rounding(level, bits, shape, seed):
 def test_eight_bit_inputs_are_exact_once_rounded(level, bits, shape, seed):
     for layer, x in cases(shape, bits):
         y = registry.backends("quantized_linear")["cpu_int8"].run(layer, x)
-        near = rounded_inputs(layer, x)
+        near, _ = rounded_inputs(layer, x)
         step = x.abs().max() / 127  # a tie that is rounded the other way moves one input by one step
         close(y, oracle(layer, near), sizes(layer, x), 1e-6 + float(step / x.abs().sum(1).clamp_min(1e-3).min()))
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_sixteen_bit_inputs_are_exact_once_rounded(level, bits, shape, seed):
+    """Weight-only mode where bytes are multiplied: not only near, but the products of the integers that it says."""
+    if level in ("portable", "avx512") or (level == "avx2" and bits == 8):
+        pytest.skip("inputs are floats there")
+    for layer, x in cases(shape, bits):
+        y = registry.backends("quantized_linear")["cpu"].run(layer, x)
+        near, steps = rounded_inputs(layer, x, SIXTEEN)
+        tie = float(steps.max() / x.abs().sum(1).clamp_min(1e-3).min())  # as above
+        close(y, oracle(layer, near), sizes(layer, x), 5e-7 + tie)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -295,7 +324,7 @@ def test_nothing_behind_the_end_is_read(level, bits, seed):
             libc.mprotect(ctypes.c_void_p(start), page, mmap.PROT_READ | mmap.PROT_WRITE)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("mode", list(cpu_linear.MODES))
 def test_many_rows(level, bits, mode, seed):
     """More than are worked on at once with weights that were expanded for them."""
@@ -303,10 +332,9 @@ def test_many_rows(level, bits, mode, seed):
     x = torch.randn(150, 192)
     y = registry.backends("quantized_linear")[mode].run(layer, x)
     if mode == "cpu":
-        close(y, oracle(layer, x), sizes(layer, x), 1e-5 if level == "avx512" else 1e-6)
-    else:
-        each = torch.cat([registry.backends("quantized_linear")[mode].run(layer, row[None]) for row in x])
-        close(y, each.double(), sizes(layer, x), 1e-6)
+        close(y, oracle(layer, x), rounding(level, layer, x))
+    each = torch.cat([registry.backends("quantized_linear")[mode].run(layer, row[None]) for row in x])
+    close(y, each.double(), sizes(layer, x), 1e-6)
 
 
 @pytest.mark.parametrize("bits", BITS)
