@@ -1,7 +1,7 @@
 """Quantized linear layers on the CPU in C++ (`kernels/cpu`): AVX-512, AVX2, both with VNNI where it is there, or any other processor.
 
 Two backends: `cpu` multiplies the integers with the inputs, exact up to rounding (with BF16 instructions as bf16, inputs of another precision as
-the sum of two bf16, which has 16 bits; elsewhere as fp32, or 24 bits beside the largest of a group); `cpu_int8` rounds the inputs to 8 bits first, with a scale for each token and group of inputs, and multiplies integers. Both read the weights in
+the sum of two bf16, which has 16 bits; where bytes are multiplied faster than floats as 16-bit integers, by a scale for each token and group of inputs; elsewhere as fp32); `cpu_int8` rounds the inputs to 8 bits first, with a scale for each token and group of inputs, and multiplies integers. Both read the weights in
 their own layout, made once from the GPTQ layout. The work is spread over torch's own threads.
 """
 
@@ -55,6 +55,7 @@ class _Call(ctypes.Structure):
         ("y", ctypes.c_void_p),
         ("rows", ctypes.c_int64),
         ("stride", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
         ("type", ctypes.c_int32),
         ("mode", ctypes.c_int32),
         ("out", ctypes.c_int32),
@@ -195,14 +196,28 @@ def multiply(weights: Weights, x: torch.Tensor, mode: int) -> torch.Tensor:
     if flat.stride(1) != 1:
         flat = flat.contiguous()
     y = x.new_empty(*x.shape[:-1], weights.outputs)
+    return _multiplied(weights, flat, y, flat.shape[0], flat.stride(0), 1, mode)
+
+
+def multiply_columns(weights: Weights, x: torch.Tensor) -> torch.Tensor:
+    """W times each of x [batch, inputs, columns], contiguous: [batch, outputs, columns]. Raises MemoryError, ValueError for other inputs."""
+    batch, inputs, columns = x.shape
+    if inputs != weights.inputs or not x.is_contiguous():
+        raise ValueError(f"inputs of the shape {[*x.shape]} for a layer of {weights.inputs}")
+    y = x.new_empty(batch, weights.outputs, columns)
+    return _multiplied(weights, x, y, batch * columns, inputs * columns, columns, MODES["cpu"])
+
+
+def _multiplied(
+    weights: Weights, x: torch.Tensor, y: torch.Tensor, rows: int, stride: int, columns: int, mode: int
+) -> torch.Tensor:
     call = _Call(
-        ctypes.pointer(weights), flat.data_ptr(), y.data_ptr(), flat.shape[0], flat.stride(0), TYPES[x.dtype], mode,
-        TYPES[x.dtype], 0, None,
+        ctypes.pointer(weights), x.data_ptr(), y.data_ptr(), rows, stride, columns, TYPES[x.dtype], mode, TYPES[x.dtype], 0, None
     )  # fmt: skip
     code = compiled()
     assert code is not None
     if code.tp_linear(ctypes.byref(call), torch.get_num_threads()):
-        raise MemoryError(f"a linear layer of {flat.shape[0]} rows: no memory for its inputs")
+        raise MemoryError(f"a linear layer of {rows} rows: no memory for its inputs")
     return y
 
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 REPEATS = 3
 HOPELESS = 3.0
 """A backend whose second run takes this many times the best of another is not run again."""
+UNTRIED = 10.0
+"""A backend that is predicted to take this many times the best of another is not run at all: it could be minutes."""
 BATCHES = (1, 8, 64, 512)
 """Rows up to which a choice holds; beyond the last there is one for all."""
 _lock = threading.RLock()
@@ -59,24 +61,31 @@ def fastest(key: str, candidates: Sequence[Backend], layer: Any, x: torch.Tensor
         known = _notes(notes_file()).setdefault(machine, {})
         found = known.get(key)
         if not isinstance(found, dict) or found.get("of") != sorted(names) or found.get("fastest") not in names:
-            seconds = _measure(candidates, layer, x)
+            seconds, short = _measure(candidates, layer, x)
             found = {"fastest": min(seconds, key=lambda name: seconds[name]), "of": sorted(names), "seconds": seconds}
             known[key] = found
-            if len(seconds) == len(names):  # else memory was short just now
+            if not short:
                 _remember(machine, key, found)
         return names[found["fastest"]]
 
 
 @torch.no_grad()
-def _measure(candidates: Sequence[Backend], layer: Any, x: torch.Tensor) -> dict[str, float]:
-    """Seconds of the best run of each backend, after one that makes what it keeps. One for which memory is short is left out."""
+def _measure(candidates: Sequence[Backend], layer: Any, x: torch.Tensor) -> tuple[dict[str, float], bool]:
+    """Seconds of the best run of each backend, after one that makes what it keeps, and whether memory was short for one just now.
+
+    Such a one is left out, and one that is predicted to be far slower than another.
+    """
     _measuring.now = True
     seconds: dict[str, float] = {}
+    short = False
     try:
         for backend in candidates:
             if backend.room(layer) > _free_bytes() / 4 and (seconds or backend is not candidates[-1]):
+                short = True
                 continue
             best = min(seconds.values(), default=float("inf"))
+            if seconds and backend.expected(layer, x) > UNTRIED * best:
+                continue
             runs: list[float] = []
             for _ in range(REPEATS + 1):
                 runs.append(_time(backend, layer, x))
@@ -85,7 +94,7 @@ def _measure(candidates: Sequence[Backend], layer: Any, x: torch.Tensor) -> dict
             seconds[backend.name] = min(runs[1:])  # in the first it makes what it keeps
     finally:
         _measuring.now = False
-    return seconds
+    return seconds, short
 
 
 def _free_bytes() -> float:

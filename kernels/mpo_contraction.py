@@ -13,12 +13,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-Multiply = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""[p, q] times each of [batch, q, columns]."""
+Multiply = Callable[[Any, torch.Tensor], torch.Tensor]
+"""[p, q], in the form that it wants, times each of [batch, q, columns]: [batch, p, columns]."""
 Shape = tuple[int, int, int, int]
 """(left bond, outputs, inputs, right bond) of a site."""
 
@@ -36,11 +36,16 @@ class Plan:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a prediction rests on, for one precision and number of threads: multiply-adds and bytes a second, seconds of a call."""
+    """What a prediction rests on, for one precision and number of threads."""
 
     rate: float
+    """Multiply-adds a second of one large product."""
+    batched: float
+    """The same of many products with several columns each, for which some processors have no fast code."""
     bandwidth: float
+    """Bytes a second."""
     call: float
+    """Seconds of a call."""
 
 
 def plans(sites: int) -> Iterator[Plan]:
@@ -91,7 +96,8 @@ def predicted(shapes: Sequence[Shape], plan: Plan, rows: int, size: int, machine
     seconds = 0.0
     for products, outputs, summed, columns in steps(shapes, plan, rows):
         moved = size * (outputs * summed + products * columns * (summed + outputs))
-        computed = products * outputs * summed * columns / machine.rate
+        rate = machine.batched if products > 1 and columns > 1 else machine.rate
+        computed = products * outputs * summed * columns / rate
         seconds += max(computed, moved / machine.bandwidth) + machine.call
     return seconds
 
@@ -104,31 +110,37 @@ def best_chain(shapes: tuple[Shape, ...], rows: int, size: int, machine: Machine
 
 
 @cache
-def machine_of(device: str, dtype: torch.dtype, _threads: int) -> Machine:
-    """What products of matrices reach here; measured in some milliseconds."""
-    where = torch.device(device)
+def machine_of(device: str, dtype: torch.dtype, _threads: int, kind: Kind | None = None) -> Machine:
+    """What products of matrices reach here, of torch's or of a kind of its own; measured in some milliseconds."""
+    where, kind = torch.device(device), kind or TORCH
 
-    def seconds(rows: int, inner: int, columns: int) -> float:
-        a, b = (torch.ones(shape, dtype=dtype, device=where) for shape in ((rows, inner), (columns, inner)))
-        best = float("inf")
+    def seconds(batch: int, outputs: int, inner: int, columns: int) -> float:
+        matrix, state = (torch.ones(s, dtype=dtype, device=where) for s in ((outputs, inner), (batch, inner, columns)))
+        form, best = kind.form(matrix), float("inf")
         for _ in range(4):
             began = time.perf_counter()
-            torch.nn.functional.linear(a, b)
+            kind.multiply(form, state)
             if where.type == "cuda":
                 torch.cuda.synchronize(where)
             best = min(best, time.perf_counter() - began)
         return best
 
     with torch.inference_mode():
-        call = seconds(1, 8, 8)
-        rate = 512**3 / seconds(512, 512, 512)
+        call = seconds(1, 8, 8, 1)
+        rate = 512**3 / seconds(512, 512, 512, 1)
+        few, many = (8, 64, 64, 16), (128, 128, 128, 32)
+        slow = seconds(*few)
+        batched = math.prod(many) / seconds(*many) if slow < 1e-3 else math.prod(few) / slow
         size = torch.empty((), dtype=dtype).element_size()
-        bandwidth = 2048 * 4096 * size / seconds(1, 4096, 2048)
-    return Machine(rate, bandwidth, call)
+        bandwidth = 2048 * 4096 * size / seconds(1, 2048, 4096, 1)
+    return Machine(rate, batched, bandwidth, call)
 
 
 def merge(cores: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Contract neighbours [d_{k-1}, i_k, j_k, d_k] to one core [d_0, prod i_k, prod j_k, d_n]."""
+    """Contract neighbours [d_{k-1}, i_k, j_k, d_k] to one core [d_0, prod i_k, prod j_k, d_n]; halves in fp32, rounded once."""
+    dtype = cores[0].dtype
+    if len(cores) > 1 and dtype in (torch.bfloat16, torch.float16):
+        return merge([core.float() for core in cores]).to(dtype)
     result = cores[0]
     for core in cores[1:]:
         (left, i, j, bond), (_, k, m, right) = result.shape, core.shape
@@ -140,10 +152,12 @@ def merge(cores: Sequence[torch.Tensor]) -> torch.Tensor:
 class Contraction:
     """The groups' matrices of a plan, as products want them."""
 
-    def __init__(self, cores: Sequence[torch.Tensor], plan: Plan, made_of: object = None):
-        self.plan, self.made_of = plan, made_of
+    def __init__(
+        self, cores: Sequence[torch.Tensor], plan: Plan, made_of: object = None, kind: Kind | None = None
+    ) -> None:
+        self.plan, self.made_of, self.kind = plan, made_of, kind or TORCH
         self.shapes: list[Shape] = merged([tuple(core.shape) for core in cores], plan)  # type: ignore[misc]
-        self.matrices: list[torch.Tensor] = []
+        self.matrices: list[Any] = []
         first = 0
         for end, (left, i, j, right) in zip(plan.ends, self.shapes, strict=True):
             core = merge(cores[first:end])
@@ -151,34 +165,47 @@ class Contraction:
                 matrix = core.permute(1, 3, 0, 2).reshape(i * right, left * j)
             else:  # [left * outputs, inputs * right]
                 matrix = core.reshape(left * i, j * right)
-            self.matrices.append(matrix.contiguous())
+            self.matrices.append(self.kind.form(matrix.contiguous()))
             first = end
 
     @property
     def nbytes(self) -> int:
         return sum(matrix.nbytes for matrix in self.matrices)
 
-    def __call__(self, x: torch.Tensor, multiply: Multiply | None = None) -> torch.Tensor:
-        """W x for x [..., inputs]; the result is [..., outputs]. `multiply` does the steps' products, in place of torch."""
-        multiply = multiply or _multiply
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """W x for x [..., inputs]; the result is [..., outputs]."""
         rows = x.numel() // x.shape[-1] if x.numel() else 0
         left_to_right = self.plan.side == "left"
         order = list(zip(self.matrices, self.shapes, strict=True))
         inputs, state = x.shape[-1], x.reshape(rows, x.shape[-1])
         outputs = 1
-        for matrix, (_, i, j, _) in order if left_to_right else reversed(order):
+        for matrix, (left, i, j, right) in order if left_to_right else reversed(order):
             inputs //= j
             batch, columns = (rows * outputs, inputs) if left_to_right else (rows * inputs, outputs)
-            state = multiply(matrix, state.reshape(batch, matrix.shape[1], columns))
+            summed = j * (left if left_to_right else right)
+            state = self.kind.multiply(matrix, state.reshape(batch, summed, columns))
             outputs *= i
         return state.reshape(*x.shape[:-1], outputs)
 
 
 def _multiply(matrix: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-    """[p, q] times each of [batch, q, columns]."""
+    """[p, q] times each of [batch, q, columns]: [batch, p, columns]."""
     batch, inner, columns = state.shape
     if columns == 1:
-        return torch.nn.functional.linear(state.reshape(batch, inner), matrix)
+        return torch.nn.functional.linear(state.reshape(batch, inner), matrix)[:, :, None]
     if batch == 1:
-        return matrix @ state[0]
+        return (matrix @ state[0])[None]
     return torch.bmm(matrix.expand(batch, *matrix.shape), state)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What does the steps' products."""
+
+    name: str
+    multiply: Multiply
+    form: Callable[[torch.Tensor], Any] = lambda matrix: matrix
+    """What it wants of a matrix [p, q]; has `nbytes`, and its memory in `data`."""
+
+
+TORCH = Kind("torch", _multiply)

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from tensorpress.kernels import mpo_contraction, registry
+from tensorpress.kernels import cpu_linear, mpo_contraction, packed_dense, registry
 from tensorpress.kernels.kernel_layer import KernelLayer
 from tensorpress.kernels.measured import BATCHES, batch_of
-from tensorpress.kernels.mpo_contraction import Contraction, Multiply, Plan, Shape, merge
+from tensorpress.kernels.mpo_contraction import TORCH, Contraction, Kind, Plan, Shape, merge
 from tensorpress.kernels.origin import Origin
+from tensorpress.kernels.packed_dense import PackedDense
 
 
 def mpo_to_matrix(cores: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -85,8 +86,8 @@ class MPOLinear(KernelLayer):
         self.bias = nn.Parameter(torch.zeros(self.out_features)) if bias else None
         self.kernel = "reference"
         """What computes it; `auto` in a model that was opened from a folder."""
-        self.kept: dict[str, tuple[Origin, Contraction | torch.Tensor]] = {}
-        """What kernels keep, and the cores that it was made of: `matrix`, and the contractions of `chain` by size of batch."""
+        self.kept: dict[str, tuple[Origin, Contraction | torch.Tensor | PackedDense]] = {}
+        """What kernels keep, by name, and the cores that it was made of: matrices, and contractions by size of batch."""
 
     @classmethod
     def from_cores(cls, cores: Sequence[torch.Tensor], bias: torch.Tensor | None) -> MPOLinear:
@@ -122,17 +123,17 @@ class MPOLinear(KernelLayer):
         """Bytes that kernels keep beside the cores: those of these names, or all; what two sizes of batch share counts once."""
         tensors: dict[int, int] = {}
         for key, (origin, made) in self.kept.items():
-            if names is None or key.partition(" ")[0] in _keepers(names):
-                for tensor in made.matrices if isinstance(made, Contraction) else [made]:
-                    if not origin.shares(tensor):  # a core by itself is only looked at differently
-                        tensors[tensor.data_ptr()] = tensor.nbytes
+            if names is None or key.partition(" ")[0] in names:
+                for matrix in made.matrices if isinstance(made, Contraction) else [made]:
+                    if not origin.shares(matrix.data):  # a core by itself is only looked at differently
+                        tensors[matrix.data.data_ptr()] = matrix.nbytes
         return sum(tensors.values())
 
     def read_bytes(self, rows: int) -> int:
         """Bytes of weights that the kernel in use reads for so many rows."""
         name = registry.in_use(self.operation, self, rows)
-        made = self.kept.get("matrix" if name == "matrix" else f"chain {batch_of(rows)}", (None, None))[1]
-        if name in ("matrix", "chain", "triton") and made is not None:
+        made = self.kept.get(name, self.kept.get(f"{name} {batch_of(rows)}", (None, None)))[1]
+        if made is not None:
             return made.nbytes
         return sum(core.nbytes for core in self.cores)
 
@@ -144,7 +145,7 @@ class MPOLinear(KernelLayer):
 
     def release(self, names: Collection[str] = ()) -> None:
         """Drop what kernels other than these keep."""
-        self.kept = {key: value for key, value in self.kept.items() if key.partition(" ")[0] in _keepers(names)}
+        self.kept = {key: value for key, value in self.kept.items() if key.partition(" ")[0] in names}
 
     def kernel_key(self) -> str:
         """What the speed of its kernels depends on."""
@@ -195,40 +196,77 @@ def mpo_linear_matrix(layer: MPOLinear, x: torch.Tensor) -> torch.Tensor:
     return nn.functional.linear(x, matrix, layer.bias)
 
 
-def mpo_linear_chain(layer: MPOLinear, x: torch.Tensor, multiply: Multiply | None = None) -> torch.Tensor:
+def mpo_linear_cpu_matrix(layer: MPOLinear, x: torch.Tensor) -> torch.Tensor:
+    """The matrix in the layout of the compiled code, contracted once and kept in memory."""
+    if _learns(layer, x):
+        return mpo_linear_reference(layer, x)
+    kept = _kept(layer, "cpu_matrix", lambda: PackedDense(layer.dense_weight(), None))
+    y = cpu_linear.multiply(kept.weights, x, cpu_linear.MODES["cpu"])
+    return y if layer.bias is None else y + layer.bias
+
+
+def mpo_linear_chain(layer: MPOLinear, x: torch.Tensor, name: str = "chain", kind: Kind = TORCH) -> torch.Tensor:
     """The cores one after the other, grouped and ordered as is predicted to be fastest for so many inputs (`mpo_contraction`)."""
     if _learns(layer, x):
         return mpo_linear_reference(layer, x)
     rows = x.numel() // x.shape[-1]
-    plan, size = plan_for(layer, rows, x.dtype), batch_of(rows)
+    plan, _ = plan_for(layer, rows, x.dtype, kind)
     cores = list(layer.cores)
 
     def made() -> Contraction:
-        known = (one for _, one in layer.kept.values() if isinstance(one, Contraction) and one.plan == plan)
-        return next((one for one in known if one.made_of == Origin(layer.cores)), None) or Contraction(
-            cores, plan, Origin(layer.cores)
-        )
+        known = (one for _, one in layer.kept.values() if isinstance(one, Contraction))
+        alike = (one for one in known if one.plan == plan and one.kind.form is kind.form)
+        same = next((one for one in alike if one.made_of == Origin(layer.cores)), None)
+        return same or Contraction(cores, plan, Origin(layer.cores), kind)
 
-    y: torch.Tensor = _kept(layer, f"chain {size}", made)(x, multiply)
+    y: torch.Tensor = _kept(layer, f"{name} {batch_of(rows)}", made)(x)
     return y if layer.bias is None else y + layer.bias
 
 
 def mpo_linear_triton(layer: MPOLinear, x: torch.Tensor) -> torch.Tensor:
     """The same by Triton, which reads and writes each step's operands where they lie."""
+    return mpo_linear_chain(layer, x, "triton", TRITON)
+
+
+def mpo_linear_cpu(layer: MPOLinear, x: torch.Tensor) -> torch.Tensor:
+    """The same by the compiled code."""
+    return mpo_linear_chain(layer, x, "cpu", COMPILED)
+
+
+def _triton_step(matrix: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
     from tensorpress.kernels import triton_linear
 
-    return mpo_linear_chain(layer, x, triton_linear.chain_step)
+    return triton_linear.chain_step(matrix, state)
 
 
-def plan_for(layer: MPOLinear, rows: int, dtype: torch.dtype) -> Plan:
-    """The chain that is predicted to be fastest for up to so many inputs of a layer; it keeps at most as much as its matrix or its cores."""
+TRITON = Kind("triton", _triton_step)
+COMPILED = Kind("cpu", packed_dense.multiply_columns, lambda matrix: PackedDense(matrix, None))
+
+
+def plan_for(layer: MPOLinear, rows: int, dtype: torch.dtype, kind: Kind = TORCH) -> tuple[Plan, float]:
+    """The chain that is predicted to be fastest for up to so many inputs of a layer, and the seconds that it is predicted to take.
+
+    It keeps at most as much as its matrix or its cores.
+    """
     most = next((size for size in BATCHES if rows <= size), 8 * BATCHES[-1])
-    machine = mpo_contraction.machine_of(str(layer.cores[0].device), dtype, torch.get_num_threads())
+    machine = mpo_contraction.machine_of(str(layer.cores[0].device), dtype, torch.get_num_threads(), kind)
     shapes = layer.shapes()
     room = max(layer.in_features * layer.out_features, sum(core.numel() for core in layer.cores))
     size = torch.empty((), dtype=dtype).element_size()
     found = mpo_contraction.best_chain(shapes, most, size, machine, room)
-    return found or Plan("left", tuple(range(1, len(shapes) + 1)))
+    plan = found or Plan("left", tuple(range(1, len(shapes) + 1)))
+    return plan, mpo_contraction.predicted(shapes, plan, rows, size, machine)
+
+
+def _chain_seconds(layer: MPOLinear, x: torch.Tensor) -> float:
+    return plan_for(layer, x.numel() // x.shape[-1], x.dtype)[1]
+
+
+def _reference_seconds(layer: MPOLinear, x: torch.Tensor) -> float:
+    """By its multiply-adds alone."""
+    cores, tokens = list(layer.cores), x.numel() // x.shape[-1]
+    machine = mpo_contraction.machine_of(str(cores[0].device), x.dtype, torch.get_num_threads())
+    return min(apply_cost(cores, tokens), matrix_cost(cores, tokens)) / machine.rate
 
 
 def _kept(layer: MPOLinear, key: str, make: Callable[[], Any]) -> Any:
@@ -238,8 +276,9 @@ def _kept(layer: MPOLinear, key: str, make: Callable[[], Any]) -> Any:
         with torch.no_grad():
             made = make()
         others = {name: value for name, value in layer.kept.items() if name != key}
-        chains = [name for name in others if name.startswith("chain")]
-        if key.startswith("chain") and len(chains) > 1:  # one for reading, one for decoding
+        kind, _, batch = key.partition(" ")
+        chains = [name for name in others if name.startswith(f"{kind} ")]
+        if batch and len(chains) > 1:  # one for reading, one for decoding
             others.pop(chains[0])
         layer.kept = {**others, key: (state, made)}
     return made
@@ -253,24 +292,33 @@ def _learns(layer: MPOLinear, x: torch.Tensor) -> bool:
     )
 
 
-def _keepers(names: Collection[str]) -> set[str]:
-    """The backends of these names, as what is kept is named: `triton` works on what `chain` keeps."""
-    return {"chain" if name == "triton" else name for name in names}
-
-
 def _matrix_room(layer: MPOLinear) -> int:
     return layer.in_features * layer.out_features * layer.cores[0].element_size()
 
 
+def _is_chain(layer: MPOLinear) -> bool:
+    return len(layer.cores) > 1
+
+
+def _can_compiled(layer: MPOLinear) -> bool:
+    """Whether the code was built, and the cores are in bf16 on the CPU."""
+    core = layer.cores[0]
+    return cpu_linear.compiled() is not None and core.device.type == "cpu" and core.dtype == torch.bfloat16
+
+
 registry.register("mpo_linear", "dense", mpo_linear_dense, automatic=False)
+registry.register("mpo_linear", "cpu_matrix", mpo_linear_cpu_matrix, _can_compiled, room=_matrix_room)
+registry.register(
+    "mpo_linear", "cpu", mpo_linear_cpu, lambda layer: _is_chain(layer) and _can_compiled(layer), room=_matrix_room
+)
 registry.register("mpo_linear", "matrix", mpo_linear_matrix, room=_matrix_room)
-registry.register("mpo_linear", "chain", mpo_linear_chain, lambda layer: len(layer.cores) > 1, room=_matrix_room)
+registry.register("mpo_linear", "chain", mpo_linear_chain, _is_chain, room=_matrix_room, expected=_chain_seconds)
 registry.register(
     "mpo_linear",
     "triton",
     mpo_linear_triton,
-    lambda layer: len(layer.cores) > 1 and registry.triton_runs(layer.cores[0]),
+    lambda layer: _is_chain(layer) and registry.triton_runs(layer.cores[0]),
     automatic=torch.cuda.is_available(),
     room=_matrix_room,
 )
-registry.register("mpo_linear", "reference", mpo_linear_reference)
+registry.register("mpo_linear", "reference", mpo_linear_reference, expected=_reference_seconds)

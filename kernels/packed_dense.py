@@ -62,6 +62,11 @@ class PackedDense(_Packed):
         )  # fmt: skip
 
 
+def multiply_columns(kept: PackedDense, x: torch.Tensor) -> torch.Tensor:
+    """A matrix [p, q] times each of x [batch, q, columns]: [batch, p, columns]. Raises MemoryError."""
+    return cpu_linear.multiply_columns(kept.weights, x.contiguous())
+
+
 class PackedSparse(_Packed):
     """The weights of a layer with 2:4 sparsity, in bf16, as kernels/cpu/sparse.inc has them: 9 bits for each of the matrix's numbers."""
 

@@ -33,6 +33,8 @@ class Backend:
     """Whether `auto` may take it."""
     room: Callable[[Any], int]
     """Bytes that a call takes and gives back."""
+    expected: Callable[[Any, torch.Tensor], float]
+    """At least so many seconds are predicted for a call; 0 where nothing is."""
 
 
 VARIABLE = "TENSORPRESS_KERNELS"
@@ -47,9 +49,10 @@ def register(
     *,
     automatic: bool = True,
     room: Callable[[Any], int] = lambda layer: 0,
+    expected: Callable[[Any, torch.Tensor], float] = lambda layer, x: 0.0,
 ) -> None:
     """Add a backend. Of those that `auto` may take, the first that can run a layer is measured first."""
-    _backends.setdefault(operation, {})[name] = Backend(operation, name, run, can_run, automatic, room)
+    _backends.setdefault(operation, {})[name] = Backend(operation, name, run, can_run, automatic, room, expected)
 
 
 def backends(operation: str) -> dict[str, Backend]:

@@ -78,7 +78,7 @@ int multiply(const struct Pass *p, int64_t rows, int count, const struct tp_weig
              void (*fill)(const void *, int64_t, float *), bool adds) {
     struct tp_call calls[TP_TOGETHER];
     for (int i = 0; i < count; ++i)
-        calls[i] = {w[i], fill ? (const void *)p : p->x, y[i], rows, w[i]->inputs, p->d->type, p->d->mode, TP_F32, adds, fill};
+        calls[i] = {w[i], fill ? (const void *)p : p->x, y[i], rows, w[i]->inputs, 1, p->d->type, p->d->mode, TP_F32, adds, fill};
     return tp_multiply(calls, count, p->threads);
 }
 

@@ -314,7 +314,7 @@ def test_nothing_behind_the_end_is_read(level, bits, seed):
             for rows, dtype, mode in itertools.product((1, 6, 9), (torch.float32, torch.bfloat16), (0, 1)):
                 x, y = at_the_end(torch.randn(rows, inputs).to(dtype)), at_the_end(torch.zeros(rows, 21, dtype=dtype))
                 call = cpu_linear._Call(
-                    ctypes.pointer(packed.weights), x.data_ptr(), y.data_ptr(), rows, inputs, cpu_linear.TYPES[dtype], mode,
+                    ctypes.pointer(packed.weights), x.data_ptr(), y.data_ptr(), rows, inputs, 1, cpu_linear.TYPES[dtype], mode,
                     cpu_linear.TYPES[dtype], 0, None,
                 )  # fmt: skip
                 assert cpu_linear.compiled().tp_linear(ctypes.byref(call), 2) == 0

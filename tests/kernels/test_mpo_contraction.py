@@ -7,11 +7,12 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from tensorpress.kernels import mpo_contraction
-from tensorpress.kernels.mpo_contraction import Contraction, Machine, Plan, merge, operations, plans, predicted
-from tensorpress.kernels.mpo_linear import MPOLinear, mpo_linear_chain, mpo_linear_matrix, plan_for
+from tensorpress.kernels import cpu_linear, mpo_contraction, registry
+from tensorpress.kernels.mpo_contraction import TORCH, Contraction, Machine, Plan, merge, operations, plans, predicted
+from tensorpress.kernels.mpo_linear import COMPILED, MPOLinear, mpo_linear_chain, mpo_linear_matrix, plan_for
 
 CASES = (
     ((3, 4), (5, 2), (6,)),
@@ -62,7 +63,7 @@ def test_operations_are_those_that_happen(seed, rows, columns, bonds):
 
 
 def test_the_model_of_costs_prefers_what_reads_or_computes_least():
-    machine = Machine(rate=1e11, bandwidth=1e10, call=1e-6)
+    machine = Machine(rate=1e11, batched=1e11, bandwidth=1e10, call=1e-6)
     low_rank = ((1, 1024, 1, 64), (64, 1, 1024, 1))
     best = mpo_contraction.best_chain(low_rank, 1, 2, machine, 1 << 20)
     assert best == Plan("right", (1, 2))  # down to 64 numbers first, then up
@@ -73,6 +74,9 @@ def test_the_model_of_costs_prefers_what_reads_or_computes_least():
     assert predicted(square, chain, 128, 2, machine) > predicted(square, matrix, 128, 2, machine)
     assert mpo_contraction.best_chain(low_rank, 1, 2, machine, 1000) is None  # none that keeps so little
     assert mpo_contraction.best_chain(((1, 4, 4, 1),), 1, 2, machine, 1000) is None
+    slow = Machine(rate=1e11, batched=1e9, bandwidth=1e10, call=1e-6)  # no fast code for many small products
+    assert predicted(square, chain, 128, 2, slow) > 50 * predicted(square, chain, 128, 2, machine)
+    assert predicted(low_rank, best, 128, 2, slow) == predicted(low_rank, best, 128, 2, machine)
 
 
 @pytest.fixture
@@ -134,5 +138,64 @@ def test_another_precision_goes_through_the_reference(layer):
 
 
 def test_the_plan_of_a_layer_is_of_its_size_of_batch(layer):
-    assert plan_for(layer, 3, torch.float64) == plan_for(layer, 8, torch.float64)
-    assert not plan_for(layer, 1, torch.float64).is_matrix()
+    (three, short), (eight, long) = (plan_for(layer, rows, torch.float64) for rows in (3, 8))
+    assert three == eight and 0 < short <= long
+    assert not plan_for(layer, 1, torch.float64)[0].is_matrix()
+
+
+class Calls(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", [TORCH, COMPILED], ids=lambda kind: kind.name)
+def test_nothing_is_copied_between_steps(seed, kind):
+    if kind is COMPILED and cpu_linear.compiled() is None:
+        pytest.skip("the compiled kernels were not built")
+    cores = [core.bfloat16() for core in random_cores((2, 3, 5), (3, 4, 2), (4, 7))]
+    x = torch.randn(3, 24).bfloat16()
+    for plan in plans(3):
+        contraction = Contraction(cores, plan, kind=kind)
+        with Calls() as calls:
+            contraction(x)
+        assert calls.names and not {
+            name for name in calls.names if "copy" in name or "clone" in name or "contiguous" in name
+        }
+
+
+@pytest.mark.skipif(cpu_linear.compiled() is None, reason="the compiled kernels were not built")
+@pytest.mark.parametrize(("rows", "columns", "bonds"), CASES)
+def test_the_compiled_ways_are_the_matrix(seed, rows, columns, bonds):
+    cores = [core.bfloat16() for core in random_cores(rows, columns, bonds)]
+    layer = MPOLinear.from_cores(cores, torch.randn(math.prod(rows)).bfloat16()).requires_grad_(False)
+    known = registry.backends("mpo_linear")
+    exact = [core.double() for core in cores]
+    matrix = merge(exact).reshape(math.prod(rows), math.prod(columns))
+    sizes = merge([core.abs() for core in exact]).reshape_as(matrix)
+    for tokens in (0, 1, 9, 40):
+        x = torch.randn(tokens, math.prod(columns)).bfloat16()
+        wanted = x.double() @ matrix.T + layer.bias.double()
+        room = (
+            2**-7 * len(cores) * (x.double().abs() @ sizes.T + layer.bias.double().abs())
+        )  # each step's result is rounded
+        for name in ("cpu", "cpu_matrix"):
+            if not known[name].can_run(layer):
+                assert name == "cpu" and len(cores) == 1
+                continue
+            for shape in (x.shape, (1, *x.shape)):
+                y = known[name].run(layer, x.view(shape))
+                assert y.dtype == torch.bfloat16 and y.shape == (*shape[:-1], math.prod(rows))
+                assert ((y.view(wanted.shape).double() - wanted).abs() <= room).all()
+            if tokens:
+                assert layer.kept_bytes([name]) > 0
+                before = layer.bias.clone()
+                layer.bias.add_(1)  # what is kept has no bias
+                assert ((known[name].run(layer, x).double() - wanted - 1).abs() <= room + 2**-6).all()
+                layer.bias.copy_(before)
+    other = MPOLinear.from_cores([core.float() for core in cores], None)
+    assert not known["cpu"].can_run(other) and not known["cpu_matrix"].can_run(other)

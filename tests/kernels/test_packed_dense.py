@@ -1,4 +1,4 @@
-"""Compiled 2:4 layers against float64, on every instruction set."""
+"""Compiled 2:4 layers, and matrices with several columns, against float64, on every instruction set."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tensorpress.kernels import cpu_linear, registry
-from tensorpress.kernels.packed_dense import PackedSparse
+from tensorpress.kernels.packed_dense import PackedDense, PackedSparse, multiply_columns
 from tensorpress.kernels.semi_structured_linear import SemiStructuredLinear
 
 pytestmark = pytest.mark.skipif(cpu_linear.compiled() is None, reason="the compiled kernels were not built")
@@ -75,3 +75,22 @@ def test_weights_that_change_are_packed_again_and_gradients_are_the_references(s
     x.requires_grad_()
     layer(x).sum().backward()
     assert torch.allclose(x.grad, 2 * weight.float().sum(0).expand(3, 16), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("batch", "p", "q", "columns"),
+    [(3, 5, 7, 4), (1, 40, 33, 1), (9, 3, 70, 2), (70, 1, 1, 3), (0, 2, 3, 4), (2, 17, 1030, 5)],
+)
+def test_a_matrix_times_columns(level, batch, p, q, columns, seed):
+    matrix = torch.randn(p, q).bfloat16()
+    packed = PackedDense(matrix, None)
+    state = torch.randn(batch, q, columns).bfloat16()
+    for x in (state, state.float(), state.transpose(1, 2).contiguous().transpose(1, 2)):
+        y = multiply_columns(packed, x)
+        assert y.dtype == x.dtype and y.shape == (batch, p, columns) and y.is_contiguous()
+        wanted, size = matrix.double() @ x.double(), matrix.double().abs() @ x.double().abs()
+        assert (
+            (y.double() - wanted).abs() <= 1e-6 * size + (2**-8 * wanted.abs() if x.dtype != torch.float32 else 0)
+        ).all()
+    with pytest.raises(ValueError, match="for a layer of"):
+        multiply_columns(packed, torch.randn(2, q + 1, 3))

@@ -106,6 +106,17 @@ def test_a_backend_without_room_is_not_tried(operation):
     assert call(Layer(size=3)) == 3 and operation["reference"].calls == 0
 
 
+def test_a_backend_that_is_predicted_to_take_far_longer_is_not_tried(operation):
+    registry.register("test_operation", "reference", operation["reference"], expected=lambda layer, x: 0.2)
+    assert call(Layer(size=3)) == 3 and operation["reference"].calls == 0
+    measured._notes.cache_clear()
+    assert (
+        call(Layer(size=3)) == 3 and operation["middling"].calls == 6
+    )  # four to measure, one for each call: remembered
+    registry.register("test_operation", "reference", operation["reference"], expected=lambda layer, x: 0.05)
+    assert call(Layer(size=3), rows=9) == 3 and operation["reference"].calls == 2  # not so far
+
+
 def test_calls_at_once_measure_once(operation):
     layers = [Layer(size=3) for _ in range(6)]
     with ThreadPoolExecutor(6) as pool:
