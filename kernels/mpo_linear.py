@@ -258,8 +258,8 @@ def plan_for(layer: MPOLinear, rows: int, dtype: torch.dtype, kind: Kind = TORCH
     return plan, mpo_contraction.predicted(shapes, plan, rows, size, machine)
 
 
-def _chain_seconds(layer: MPOLinear, x: torch.Tensor) -> float:
-    return plan_for(layer, x.numel() // x.shape[-1], x.dtype)[1]
+def _chain_seconds(layer: MPOLinear, x: torch.Tensor, kind: Kind = TORCH) -> float:
+    return plan_for(layer, x.numel() // x.shape[-1], x.dtype, kind)[1]
 
 
 def _reference_seconds(layer: MPOLinear, x: torch.Tensor) -> float:
@@ -309,7 +309,12 @@ def _can_compiled(layer: MPOLinear) -> bool:
 registry.register("mpo_linear", "dense", mpo_linear_dense, automatic=False)
 registry.register("mpo_linear", "cpu_matrix", mpo_linear_cpu_matrix, _can_compiled, room=_matrix_room)
 registry.register(
-    "mpo_linear", "cpu", mpo_linear_cpu, lambda layer: _is_chain(layer) and _can_compiled(layer), room=_matrix_room
+    "mpo_linear",
+    "cpu",
+    mpo_linear_cpu,
+    lambda layer: _is_chain(layer) and _can_compiled(layer),
+    room=_matrix_room,
+    expected=lambda layer, x: _chain_seconds(layer, x, COMPILED),
 )
 registry.register("mpo_linear", "matrix", mpo_linear_matrix, room=_matrix_room)
 registry.register("mpo_linear", "chain", mpo_linear_chain, _is_chain, room=_matrix_room, expected=_chain_seconds)
