@@ -8,14 +8,13 @@ Efficient Foundations: Effectively Training LLMs with Structured Feedforward Lay
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import nn
 
 from tensorpress.kernels import registry
-from tensorpress.kernels.kernel_layer import KernelLayer
+from tensorpress.kernels.kernel_layer import Kept, KernelLayer
 from tensorpress.kernels.matrix import Matrix, matrix_linear, room_for
 
 
@@ -27,6 +26,7 @@ class BlockDiagonalLinear(KernelLayer):
     """
 
     operation = "block_diagonal_linear"
+    fields = ("in_features", "out_features", "block_count", "bias")
     trained_by = "blocks"
     judged_by = "matrix"
 
@@ -57,26 +57,20 @@ class BlockDiagonalLinear(KernelLayer):
         """The weight [N, K], zero outside its blocks."""
         return torch.block_diag(*self.blocks)
 
-    def kept_bytes(self, names: Collection[str] | None = None) -> int:
-        """Bytes that kernels keep beside the blocks: those of these names, or all."""
-        return self.matrix.nbytes if self.matrix is not None and (names is None or "matrix" in names) else 0
+    def stored(self) -> list[torch.Tensor]:
+        return [self.blocks] if self.bias is None else [self.blocks, self.bias]
 
-    def read_bytes(self, rows: int) -> int:
-        """Bytes of weights that the kernel in use reads for so many rows."""
-        if registry.in_use(self.operation, self, rows) == "matrix" and self.matrix is not None:
-            return self.matrix.nbytes
-        return self.blocks.nbytes
+    def place(self, tensors: Sequence[torch.Tensor]) -> None:
+        self.blocks, *bias = (nn.Parameter(tensor, requires_grad=False) for tensor in tensors)
+        self.bias = bias[0] if bias else None
 
-    def release(self, names: Collection[str] = ()) -> None:
-        """Drop what kernels other than these keep."""
+    def kept(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Kept]]:
+        if self.matrix is not None and (names is None or "matrix" in names):
+            yield "matrix", self.matrix
+
+    def release_own(self, names: Collection[str]) -> None:
         if "matrix" not in names:
             self.matrix = None
-
-    def _apply(self, fn: Any, recurse: bool = True) -> BlockDiagonalLinear:
-        """Move with the model; what kernels keep is made anew."""
-        self.release()
-        super()._apply(fn, recurse)
-        return self
 
     def kernel_key(self) -> str:
         """What the speed of its kernels depends on."""

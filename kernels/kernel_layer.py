@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
-from typing import ClassVar
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import nn
 
-from tensorpress.kernels import registry
+from tensorpress.kernels import operators, registry
+from tensorpress.kernels.origin import Origin
+
+
+class Kept(Protocol):
+    """What a kernel keeps: a tensor, or an object with its memory in one."""
+
+    @property
+    def data(self) -> torch.Tensor: ...
+
+    @property
+    def nbytes(self) -> int: ...
 
 
 class KernelLayer(nn.Module, ABC):
     """y = x W^T + b, inputs [..., in_features], outputs [..., out_features], by a backend of its `operation`."""
 
+    kinds: ClassVar[dict[str, type[KernelLayer]]] = {}
+    """The kinds of layers by operation."""
     operation: ClassVar[str]
+    fields: ClassVar[tuple[str, ...]]
+    """What `spec` has besides `form`, in its order."""
+    lists: ClassVar[tuple[str, ...]] = ()
+    """Those that are lists of whole numbers."""
     trained_by: ClassVar[str] = "reference"
     """The backend that has gradients, and can be traced."""
     judged_by: ClassVar[str] = "reference"
@@ -25,26 +42,41 @@ class KernelLayer(nn.Module, ABC):
     kernel: str
     """Name of the backend, or `auto`."""
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        KernelLayer.kinds[cls.operation] = cls
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_compiling():  # a graph has plain operations, or what a layer puts in their place
+        if not torch.compiler.is_compiling():
+            return registry.kernel_for(self.operation, self, x)(self, x)
+        stored = self.stored()
+        learns = torch.is_grad_enabled() and (x.requires_grad or any(tensor.requires_grad for tensor in stored))
+        if learns or torch.compiler.is_exporting():  # plain operations
             return registry.backends(self.operation)[self.trained_by].run(self, x)
-        return registry.kernel_for(self.operation, self, x)(self, x)
+        found: torch.Tensor = operators.linear(
+            x, stored, self.operation, self.numbers(), self.out_features, self.kernel
+        )
+        return found
 
     @abstractmethod
     def dense_weight(self) -> torch.Tensor:
         """The weight W [out_features, in_features]."""
 
     @abstractmethod
-    def kept_bytes(self, names: Collection[str] | None = None) -> int:
-        """Bytes that kernels keep beside the layer's own tensors: those of these names, or all."""
+    def stored(self) -> list[torch.Tensor]:
+        """The layer's own tensors, the bias last if it has one."""
 
     @abstractmethod
-    def read_bytes(self, rows: int) -> int:
-        """Bytes of weights that the kernel in use reads for so many rows."""
+    def place(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Take such tensors as they are for the layer's own."""
 
     @abstractmethod
-    def release(self, names: Collection[str] = ()) -> None:
-        """Drop what kernels other than these keep."""
+    def kept(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Kept]]:
+        """What kernels of these names, or all, keep beside the layer's own tensors, with the name of the kernel."""
+
+    @abstractmethod
+    def release_own(self, names: Collection[str]) -> None:
+        """Drop what kernels other than these keep in the layer itself."""
 
     @abstractmethod
     def kernel_key(self) -> str:
@@ -53,6 +85,59 @@ class KernelLayer(nn.Module, ABC):
     @abstractmethod
     def spec(self) -> dict[str, object]:
         """What rebuilds this layer's empty form: the entry of the loading plug-in."""
+
+    @classmethod
+    @abstractmethod
+    def from_spec(cls, spec: dict) -> Self:
+        """The layer's empty form, on `auto`."""
+
+    def numbers(self) -> list[int]:
+        """`spec` as numbers alone: lists behind their length."""
+        found: list[int] = []
+        spec: dict[str, Any] = self.spec()
+        for name in self.fields:
+            value = spec[name]
+            if name in self.lists:
+                found += [len(value), *value]
+            else:
+                found.append(int(value))
+        return found
+
+    @classmethod
+    def from_numbers(cls, numbers: Sequence[int]) -> Self:
+        """The inverse of `numbers`."""
+        spec: dict[str, Any] = {}
+        rest = iter(numbers)
+        for name in cls.fields:
+            first = next(rest)
+            spec[name] = [next(rest) for _ in range(first)] if name in cls.lists else first
+        return cls.from_spec({**spec, "bias": bool(spec["bias"])})
+
+    def kept_bytes(self, names: Collection[str] | None = None) -> int:
+        """Bytes that kernels keep beside the layer's own tensors, for graphs, too: those of these names, or all. What is shared counts once."""
+        stored = self.stored()
+        own, found = Origin(stored), {}
+        for layer in (self, *operators.layers_of(stored[0])):
+            for _, kept in layer.kept(names):
+                if not own.shares(kept.data):  # a tensor by itself is only looked at differently
+                    found[kept.data.data_ptr()] = kept.nbytes
+        return sum(found.values())
+
+    def read_bytes(self, rows: int) -> int:
+        """Bytes of weights that the kernel in use reads for so many rows."""
+        used = [kept.nbytes for _, kept in self.kept([registry.in_use(self.operation, self, rows)])]
+        return used[-1] if used else sum(tensor.nbytes for tensor in self.stored())
+
+    def release(self, names: Collection[str] = ()) -> None:
+        """Drop what kernels other than these keep."""
+        self.release_own(names)
+        operators.forget(self.stored()[0])
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Move with the model; what kernels keep is made anew."""
+        self.release()
+        super()._apply(fn, recurse)
+        return self
 
     def parameter_count(self) -> int:
         """Weights and biases that the layer stores; packed integers count as the weights that they hold."""

@@ -22,7 +22,7 @@ class Matrix:
     def __init__(self, layer: BlockDiagonalLinear | SemiStructuredLinear, made_of: Origin):
         self.made_of = made_of
         with torch.no_grad():
-            self.weight = layer.dense_weight().contiguous()
+            self.data = layer.dense_weight().contiguous()
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """A copy of a layer makes its own."""
@@ -30,7 +30,7 @@ class Matrix:
 
     @property
     def nbytes(self) -> int:
-        return self.weight.nbytes
+        return self.data.nbytes
 
 
 def matrix_linear(
@@ -48,7 +48,7 @@ def matrix_linear(
     if kept is None or kept.made_of != made_of:
         kept = layer.matrix = Matrix(layer, made_of)
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
-    return nn.functional.linear(x, kept.weight, bias)
+    return nn.functional.linear(x, kept.data, bias)
 
 
 def room_for(layer: BlockDiagonalLinear | SemiStructuredLinear) -> int:

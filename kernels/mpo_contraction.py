@@ -111,8 +111,8 @@ def best_chain(shapes: tuple[Shape, ...], rows: int, size: int, machine: Machine
 
 @cache
 def machine_of(device: str, dtype: torch.dtype, _threads: int, kind: Kind | None = None) -> Machine:
-    """What products of matrices reach here, of torch's or of a kind of its own; measured in some milliseconds."""
-    where, kind = torch.device(device), kind or TORCH
+    """What products of matrices reach here, torch's or another kind's; measured in some milliseconds."""
+    where, kind = torch.device(device), kind if kind and kind.has_rates else TORCH
 
     def seconds(batch: int, outputs: int, inner: int, columns: int) -> float:
         matrix, state = (torch.ones(s, dtype=dtype, device=where) for s in ((outputs, inner), (batch, inner, columns)))
@@ -206,6 +206,8 @@ class Kind:
     multiply: Multiply
     form: Callable[[torch.Tensor], Any] = lambda matrix: matrix
     """What it wants of a matrix [p, q]; has `nbytes`, and its memory in `data`."""
+    has_rates: bool = True
+    """Whether predictions rest on its own rates, or on those of torch's products."""
 
 
 TORCH = Kind("torch", _multiply)

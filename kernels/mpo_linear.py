@@ -7,14 +7,14 @@ along their bonds d_0 = d_n = 1 (Oseledets 2011; Gao et al. 2020, "Compressing d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from tensorpress.kernels import cpu_linear, mpo_contraction, packed_dense, registry
-from tensorpress.kernels.kernel_layer import KernelLayer
+from tensorpress.kernels.kernel_layer import Kept, KernelLayer
 from tensorpress.kernels.measured import BATCHES, batch_of
 from tensorpress.kernels.mpo_contraction import TORCH, Contraction, Kind, Plan, Shape, merge
 from tensorpress.kernels.origin import Origin
@@ -71,6 +71,8 @@ class MPOLinear(KernelLayer):
     """y = x W^T + b with W an MPO; inputs [..., prod(in_factors)], outputs [..., prod(out_factors)]."""
 
     operation = "mpo_linear"
+    fields = ("out_factors", "in_factors", "bonds", "bias")
+    lists = ("out_factors", "in_factors", "bonds")
 
     def __init__(self, out_factors: Sequence[int], in_factors: Sequence[int], bonds: Sequence[int], *, bias: bool):
         super().__init__()
@@ -86,7 +88,7 @@ class MPOLinear(KernelLayer):
         self.bias = nn.Parameter(torch.zeros(self.out_features)) if bias else None
         self.kernel = "reference"
         """What computes it; `auto` in a model that was opened from a folder."""
-        self.kept: dict[str, tuple[Origin, Contraction | torch.Tensor | PackedDense]] = {}
+        self.kept_of: dict[str, tuple[Origin, Contraction | torch.Tensor | PackedDense]] = {}
         """What kernels keep, by name, and the cores that it was made of: matrices, and contractions by size of batch."""
 
     @classmethod
@@ -119,33 +121,29 @@ class MPOLinear(KernelLayer):
         edges = (1, *self.bonds, 1)
         return tuple(zip(edges[:-1], self.out_factors, self.in_factors, edges[1:], strict=True))
 
-    def kept_bytes(self, names: Collection[str] | None = None) -> int:
-        """Bytes that kernels keep beside the cores: those of these names, or all; what two sizes of batch share counts once."""
-        tensors: dict[int, int] = {}
-        for key, (origin, made) in self.kept.items():
-            if names is None or key.partition(" ")[0] in names:
+    def stored(self) -> list[torch.Tensor]:
+        return [*self.cores] if self.bias is None else [*self.cores, self.bias]
+
+    def place(self, tensors: Sequence[torch.Tensor]) -> None:
+        parameters = [nn.Parameter(tensor, requires_grad=False) for tensor in tensors]
+        self.cores = nn.ParameterList(parameters[: len(self.in_factors)])
+        self.bias = parameters[-1] if len(parameters) > len(self.in_factors) else None
+
+    def kept(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Kept]]:
+        for key, (_, made) in list(self.kept_of.items()):
+            name = key.partition(" ")[0]
+            if names is None or name in names:
                 for matrix in made.matrices if isinstance(made, Contraction) else [made]:
-                    if not origin.shares(matrix.data):  # a core by itself is only looked at differently
-                        tensors[matrix.data.data_ptr()] = matrix.nbytes
-        return sum(tensors.values())
+                    yield name, matrix
 
     def read_bytes(self, rows: int) -> int:
         """Bytes of weights that the kernel in use reads for so many rows."""
         name = registry.in_use(self.operation, self, rows)
-        made = self.kept.get(name, self.kept.get(f"{name} {batch_of(rows)}", (None, None)))[1]
-        if made is not None:
-            return made.nbytes
-        return sum(core.nbytes for core in self.cores)
+        made = self.kept_of.get(name, self.kept_of.get(f"{name} {batch_of(rows)}", (None, None)))[1]
+        return sum(core.nbytes for core in self.cores) if made is None else made.nbytes
 
-    def _apply(self, fn: Any, recurse: bool = True) -> MPOLinear:
-        """Move with the model; what kernels keep is made anew."""
-        self.release()
-        super()._apply(fn, recurse)
-        return self
-
-    def release(self, names: Collection[str] = ()) -> None:
-        """Drop what kernels other than these keep."""
-        self.kept = {key: value for key, value in self.kept.items() if key.partition(" ")[0] in names}
+    def release_own(self, names: Collection[str]) -> None:
+        self.kept_of = {key: value for key, value in self.kept_of.items() if key.partition(" ")[0] in names}
 
     def kernel_key(self) -> str:
         """What the speed of its kernels depends on."""
@@ -214,7 +212,7 @@ def mpo_linear_chain(layer: MPOLinear, x: torch.Tensor, name: str = "chain", kin
     cores = list(layer.cores)
 
     def made() -> Contraction:
-        known = (one for _, one in layer.kept.values() if isinstance(one, Contraction))
+        known = (one for _, one in layer.kept_of.values() if isinstance(one, Contraction))
         alike = (one for one in known if one.plan == plan and one.kind.form is kind.form)
         same = next((one for one in alike if one.made_of == Origin(layer.cores)), None)
         return same or Contraction(cores, plan, Origin(layer.cores), kind)
@@ -228,9 +226,9 @@ def mpo_linear_triton(layer: MPOLinear, x: torch.Tensor) -> torch.Tensor:
     return mpo_linear_chain(layer, x, "triton", TRITON)
 
 
-def mpo_linear_cpu(layer: MPOLinear, x: torch.Tensor) -> torch.Tensor:
+def mpo_linear_cpu_chain(layer: MPOLinear, x: torch.Tensor) -> torch.Tensor:
     """The same by the compiled code."""
-    return mpo_linear_chain(layer, x, "cpu", COMPILED)
+    return mpo_linear_chain(layer, x, "cpu_chain", COMPILED)
 
 
 def _triton_step(matrix: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
@@ -239,7 +237,7 @@ def _triton_step(matrix: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
     return triton_linear.chain_step(matrix, state)
 
 
-TRITON = Kind("triton", _triton_step)
+TRITON = Kind("triton", _triton_step, has_rates=False)
 COMPILED = Kind("cpu", packed_dense.multiply_columns, lambda matrix: PackedDense(matrix, None))
 
 
@@ -271,16 +269,16 @@ def _reference_seconds(layer: MPOLinear, x: torch.Tensor) -> float:
 
 def _kept(layer: MPOLinear, key: str, make: Callable[[], Any]) -> Any:
     """What was made of the cores as they are, made anew if they changed."""
-    state, (made_of, made) = Origin(layer.cores), layer.kept.get(key, (None, None))
+    state, (made_of, made) = Origin(layer.cores), layer.kept_of.get(key, (None, None))
     if made_of != state:
         with torch.no_grad():
             made = make()
-        others = {name: value for name, value in layer.kept.items() if name != key}
+        others = {name: value for name, value in layer.kept_of.items() if name != key}
         kind, _, batch = key.partition(" ")
         chains = [name for name in others if name.startswith(f"{kind} ")]
         if batch and len(chains) > 1:  # one for reading, one for decoding
             others.pop(chains[0])
-        layer.kept = {**others, key: (state, made)}
+        layer.kept_of = {**others, key: (state, made)}
     return made
 
 
@@ -310,8 +308,8 @@ registry.register("mpo_linear", "dense", mpo_linear_dense, automatic=False)
 registry.register("mpo_linear", "cpu_matrix", mpo_linear_cpu_matrix, _can_compiled, room=_matrix_room)
 registry.register(
     "mpo_linear",
-    "cpu",
-    mpo_linear_cpu,
+    "cpu_chain",
+    mpo_linear_cpu_chain,
     lambda layer: _is_chain(layer) and _can_compiled(layer),
     room=_matrix_room,
     expected=lambda layer, x: _chain_seconds(layer, x, COMPILED),

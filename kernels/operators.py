@@ -1,11 +1,12 @@
-"""The quantized layer as an operator of torch's library: `torch.compile` puts it into a graph whole, where ctypes would break it.
+"""Layers whose kernel is chosen as one operator of torch's library: `torch.compile` puts it into a graph whole, where ctypes would break it.
 
-`tensorpress::quantized_linear` takes the layer's tensors and the name of a kernel, and does at run time what the layer itself does: `auto` is
-measured and remembered, what compiled kernels keep is shared with the layer. Other layers are plain operations in a graph: the backend that has gradients.
+`tensorpress::linear` takes a layer's tensors, what rebuilds its empty form, and the name of a kernel, and does at run time what the layer itself
+does: `auto` is measured and remembered. What kernels keep for graphs is counted and dropped with what the layer keeps.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,56 +15,54 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tensorpress.kernels import registry
 
 if TYPE_CHECKING:
-    from tensorpress.kernels.quantized_linear import QuantizedLinear
+    from tensorpress.kernels.kernel_layer import KernelLayer
 
-_kept = WeakTensorKeyDictionary()
-"""Integers to what kernels keep of them: {name: value} for each way to read them. It goes when the tensor goes."""
+_layers = WeakTensorKeyDictionary()
+"""The first tensor of a layer to the layers that graphs made of it: {(form, kernel): (where all tensors lie and how often they were
+written to, layer)}. They go when the tensor goes."""
 
 
-@torch.library.custom_op("tensorpress::quantized_linear", mutates_args=())
-def quantized_linear(
-    x: torch.Tensor,
-    qweight: torch.Tensor,
-    qzeros: torch.Tensor,
-    scales: torch.Tensor,
-    g_idx: torch.Tensor,
-    bias: torch.Tensor | None,
-    bits: int,
-    group_size: int,
-    zero_offset: int,
-    kernel: str,
+@torch.library.custom_op("tensorpress::linear", mutates_args=())
+def linear(
+    x: torch.Tensor, tensors: Sequence[torch.Tensor], operation: str, numbers: Sequence[int], outputs: int, kernel: str
 ) -> torch.Tensor:
-    """The product x W^T + b for x [..., K]; the tensors are those of `QuantizedLinear`. Raises ValueError for a kernel that cannot run here."""
-    layer = _layer(bits, group_size, zero_offset, g_idx.shape[0], scales.shape[1])
-    layer.qweight, layer.qzeros, layer.scales, layer.g_idx = qweight.detach(), qzeros, scales, g_idx
-    layer.bias, layer.kernel = bias, kernel
-    key = (bits, group_size, zero_offset, kernel)
-    layer.__dict__.update(_kept.get(qweight, {}).get(key, {}))
-    y: torch.Tensor = registry.kernel_for("quantized_linear", layer, x)(layer, x)
-    kept = {name: layer.__dict__[name] for name in ("packed", "unpacked", "taken") if name in layer.__dict__}
-    _kept.setdefault(qweight, {})[key] = kept
-    return y
+    """The product x W^T + b [..., outputs] for x [..., K]; the tensors are `stored()`, the numbers `numbers()` of a `KernelLayer`.
+
+    Raises ValueError for a kernel that cannot run here.
+    """
+    layer = _layer(tensors, operation, tuple(numbers), kernel)
+    return registry.kernel_for(operation, layer, x)(layer, x)
 
 
-@quantized_linear.register_fake
+@linear.register_fake
 def _shape(
-    x: torch.Tensor, qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, *_: object
+    x: torch.Tensor, tensors: Sequence[torch.Tensor], operation: str, numbers: Sequence[int], outputs: int, kernel: str
 ) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], scales.shape[1])
+    return x.new_empty(*x.shape[:-1], outputs)
 
 
-def _layer(bits: int, group_size: int, zero_offset: int, inputs: int, outputs: int) -> QuantizedLinear:
-    """An empty layer: each call has its own, so that threads and graphs do not change each other's."""
-    from tensorpress.kernels.quantized_linear import QuantizedLinear
+def _layer(tensors: Sequence[torch.Tensor], operation: str, numbers: tuple[int, ...], kernel: str) -> KernelLayer:
+    """The layer of these tensors as they are now: one never gets others, so that threads and graphs do not change each other's."""
+    from tensorpress.kernels.kernel_layer import KernelLayer
 
-    layer = QuantizedLinear.__new__(QuantizedLinear)
-    torch.nn.Module.__init__(layer)
-    layer.in_features, layer.out_features, layer.bits = inputs, outputs, bits
-    layer.group_size, layer.zero_offset = group_size, zero_offset
-    layer.packed = layer.unpacked = None
-    return layer
+    known = _layers.setdefault(tensors[0], {})
+    form = (operation, numbers, kernel)
+    place = [(t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors]
+    found = known.get(form)
+    if found is None or found[0] != place:
+        with torch.device("meta"):
+            layer = KernelLayer.kinds[operation].from_numbers(numbers)
+        layer.place([tensor.detach() for tensor in tensors])
+        layer.kernel = kernel
+        found = known[form] = (place, layer)
+    return found[1]
 
 
-def forget(qweight: torch.Tensor) -> None:
-    """Drop what is kept of these integers."""
-    _kept.pop(qweight, None)
+def layers_of(tensor: torch.Tensor) -> list[KernelLayer]:
+    """What graphs made of the layer whose first tensor this is."""
+    return [layer for _, layer in _layers.get(tensor, {}).values()]
+
+
+def forget(tensor: torch.Tensor) -> None:
+    """Drop what is kept for graphs of the layer whose first tensor this is."""
+    _layers.pop(tensor, None)

@@ -7,15 +7,15 @@ Format `gptq` (version 1) stores z - 1, `gptq_v2` stores z.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from tensorpress.kernels import cpu_linear, operators, registry
-from tensorpress.kernels.kernel_layer import KernelLayer
+from tensorpress.kernels import cpu_linear, registry
+from tensorpress.kernels.kernel_layer import Kept, KernelLayer
 from tensorpress.kernels.origin import Origin
 from tensorpress.kernels.packing import pack, packed_rows, unpack
 
@@ -48,6 +48,7 @@ class QuantizedLinear(KernelLayer):
     g_idx: torch.Tensor
     bias: torch.Tensor | None
     operation = "quantized_linear"
+    fields = ("in_features", "out_features", "bits", "group_size", "zero_offset", "bias")
     judged_by = "unpacked"
 
     def __init__(
@@ -98,15 +99,6 @@ class QuantizedLinear(KernelLayer):
         """The weight [N, K] that the integers stand for, in fp32."""
         return dequantize(self.qweight, self.qzeros, self.scales, self.g_idx, self.bits, self.zero_offset).T
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        learns = torch.is_grad_enabled() and x.requires_grad
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not learns:
-            return operators.quantized_linear(
-                x, self.qweight, self.qzeros, self.scales, self.g_idx, self.bias, self.bits, self.group_size, self.zero_offset,
-                self.kernel,
-            )  # fmt: skip
-        return super().forward(x)
-
     def parameter_count(self) -> int:
         """Weights that the integers stand for, and biases."""
         return self.in_features * self.out_features + (0 if self.bias is None else self.bias.numel())
@@ -116,7 +108,7 @@ class QuantizedLinear(KernelLayer):
         cpu_linear.check_groups(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
-        """Move with the model, but keep the scales in fp16 when the model changes its dtype."""
+        """Move with the model, but keep the scales in fp16 when the model changes its dtype; what kernels keep is made anew."""
         scales = self.scales
         super()._apply(fn, recurse)
         if self.scales.dtype != torch.float16:
@@ -148,30 +140,25 @@ class QuantizedLinear(KernelLayer):
         layer.kernel = "auto"
         return layer
 
-    def kept_bytes(self, names: Collection[str] | None = None) -> int:
-        """Bytes that kernels keep beside the layer's own tensors: those of these names, or all."""
-        packed = names is None or any(name in cpu_linear.MODES for name in names)
-        unpacked = names is None or "unpacked" in names
-        return (self.packed.nbytes if self.packed is not None and packed else 0) + (
-            self.unpacked[1].nbytes if self.unpacked is not None and unpacked else 0
-        )
+    def stored(self) -> list[torch.Tensor]:
+        tensors = [self.qweight, self.qzeros, self.scales, self.g_idx]
+        return tensors if self.bias is None else [*tensors, self.bias]
 
-    def read_bytes(self, rows: int) -> int:
-        """Bytes of weights that the kernel in use reads for so many rows."""
-        name = registry.in_use(self.operation, self, rows)
-        if name in cpu_linear.MODES and self.packed is not None:
-            return int(self.packed.nbytes)
-        if name == "unpacked" and self.unpacked is not None:
-            return self.unpacked[1].nbytes
-        return sum(buffer.nbytes for buffer in self.buffers())
+    def place(self, tensors: Sequence[torch.Tensor]) -> None:
+        self.qweight, self.qzeros, self.scales, self.g_idx, *bias = tensors
+        self.bias = bias[0] if bias else None
 
-    def release(self, names: Collection[str] = ()) -> None:
-        """Drop what kernels other than these keep."""
+    def kept(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Kept]]:
+        if self.packed is not None and (names is None or any(name in cpu_linear.MODES for name in names)):
+            yield "cpu", self.packed
+        if self.unpacked is not None and (names is None or "unpacked" in names):
+            yield "unpacked", self.unpacked[1]
+
+    def release_own(self, names: Collection[str]) -> None:
         if not any(name in cpu_linear.MODES for name in names):
             self.packed = None
         if "unpacked" not in names:
             self.unpacked = None
-        operators.forget(self.qweight)
 
     def kernel_key(self) -> str:
         """What the speed of its kernels depends on."""

@@ -8,14 +8,14 @@ bits 2 and 3 of the second, which lies behind it. Where fewer than two are not z
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from tensorpress.kernels import packed_dense, registry
-from tensorpress.kernels.kernel_layer import KernelLayer
+from tensorpress.kernels.kernel_layer import Kept, KernelLayer
 from tensorpress.kernels.matrix import Matrix, matrix_linear, room_for
 
 NOTHING = 0 | 1 << 2
@@ -45,6 +45,7 @@ class SemiStructuredLinear(KernelLayer):
     indices: torch.Tensor
     bias: torch.Tensor | None
     operation = "semi_structured_linear"
+    fields = ("in_features", "out_features", "bias")
     judged_by = "matrix"
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool):
@@ -102,28 +103,23 @@ class SemiStructuredLinear(KernelLayer):
             first, second = places[row, four].tolist()
             raise ValueError(f"indices: row {row}, inputs from {4 * four}: the place {first} is not before {second}")
 
-    def kept_bytes(self, names: Collection[str] | None = None) -> int:
-        """Bytes that kernels keep beside the layer's own tensors: those of these names, or all."""
-        kept = {"cpu": self.packed, "matrix": self.matrix}
-        return sum(made.nbytes for name, made in kept.items() if made is not None and (names is None or name in names))
+    def stored(self) -> list[torch.Tensor]:
+        return [self.values, self.indices] if self.bias is None else [self.values, self.indices, self.bias]
 
-    def read_bytes(self, rows: int) -> int:
-        """Bytes of weights that the kernel in use reads for so many rows."""
-        kept = {"cpu": self.packed, "matrix": self.matrix}.get(registry.in_use(self.operation, self, rows))
-        return sum(buffer.nbytes for buffer in self.buffers()) if kept is None else int(kept.nbytes)
+    def place(self, tensors: Sequence[torch.Tensor]) -> None:
+        self.values, self.indices, *bias = tensors
+        self.bias = bias[0] if bias else None
 
-    def release(self, names: Collection[str] = ()) -> None:
-        """Drop what kernels other than these keep."""
+    def kept(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Kept]]:
+        for name, made in (("cpu", self.packed), ("matrix", self.matrix)):
+            if made is not None and (names is None or name in names):
+                yield name, made
+
+    def release_own(self, names: Collection[str]) -> None:
         if "cpu" not in names:
             self.packed = None
         if "matrix" not in names:
             self.matrix = None
-
-    def _apply(self, fn: Any, recurse: bool = True) -> SemiStructuredLinear:
-        """Move with the model; what kernels keep is made anew."""
-        self.release()
-        super()._apply(fn, recurse)
-        return self
 
     def kernel_key(self) -> str:
         """What the speed of its kernels depends on."""

@@ -48,6 +48,8 @@ def test_bench_by_backend(call, refused, original, plain, store, work):
     asked = ("bench", plain, "--against", original, "--prompt", 8, "--tokens", 2, "--repeats", 1)
     code, out, _ = call(*asked, "--batch", "2,1", "--store", store, "--json", "b.json")
     assert code == 0 and "by" in out and "of reading" in out
+    for column in ("prefill", "decode", "p50", "p90", "GB/s", "memory"):
+        assert column in out, column
     rows = json.loads((work / "b.json").read_text())["backends"]
     assert {row["batch"] for row in rows} == {1, 2} and {row["of"] for row in rows} == {"model", "original"}
     assert {row["backend"] for row in rows if row["of"] == "original"} >= {"torch"}

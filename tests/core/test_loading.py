@@ -18,6 +18,7 @@ from tensorpress.compressors.decompose.mpo import MPO
 from tensorpress.compressors.quantize.gptq import GPTQ
 from tensorpress.errors import InputError
 from tensorpress.evaluators.size import original_parameters
+from tensorpress.kernels import cpu_linear
 from tensorpress.kernels.block_diagonal_linear import BlockDiagonalLinear
 from tensorpress.kernels.kernel_layer import kernel_layers
 from tensorpress.kernels.mpo_linear import MPOLinear
@@ -395,6 +396,20 @@ def test_kernels_are_chosen_or_refused(saved, one_line):
     with pytest.raises(InputError) as caught:
         load(folder, kernels="cuda9")
     one_line(caught, "kernels: 'cuda9' is not known; known: auto, ")
+
+
+@pytest.mark.skipif(cpu_linear.compiled() is None, reason="the compiled kernels were not built")
+def test_kernels_of_quantized_layers_are_chosen(make_model, make_calibration, make_ids, outputs, tmp_path):
+    model = make_model("llama")
+    GPTQ(bits=4, group_size=16).compress(model, make_calibration())
+    save_model(model, tmp_path, torch.float32)
+    ids = make_ids(1, 12)
+    wanted = outputs(load(tmp_path, kernels="reference"), ids)
+    for name, most in (("cpu", 1e-3), ("cpu_int8", 0.1)):
+        model = load(tmp_path, kernels=name)
+        assert {layer.kernel for layer in model.modules() if isinstance(layer, QuantizedLinear)} == {name}
+        found = outputs(model, ids)
+        assert 0 < (found - wanted).abs().max() < most * wanted.abs().max()
 
 
 def test_kernels_of_the_environment_are_refused_at_the_start(saved, one_line, monkeypatch):

@@ -37,7 +37,7 @@ long sparse(std::mt19937 &random) {
     long calls = 0;
     for (int64_t rows : {1, 2, 5}) {
         std::vector<float> x(rows * inputs, 1.0f), y(rows * outputs);
-        const tp_call call = {&w, x.data(), y.data(), rows, inputs, TP_F32, TP_INT8, TP_F32, calls % 2 == 1, nullptr};
+        const tp_call call = {&w, x.data(), y.data(), rows, inputs, 1, TP_F32, TP_INT8, TP_F32, calls % 2 == 1, nullptr};
         if (tp_linear(&call, 1)) abort();
         ++calls;
     }
@@ -107,9 +107,12 @@ int main(int, char **arguments) {
                         const size_t size = type == TP_F32 ? 4 : 2;
                         std::vector<uint8_t> x(rows * inputs * size), y(rows * outputs * size);
                         for (auto &byte : x) byte = (uint8_t)random(); // any bits: NaN, infinite and all
-                        const tp_call call = {&w, x.data(), y.data(), rows, inputs, type, mode, type, 0, nullptr};
-                        if (tp_linear(&call, 1)) return 1;
-                        ++calls;
+                        for (int64_t columns : {1, 3, 7})
+                            if (rows % columns == 0) {
+                                const tp_call call = {&w, x.data(), y.data(), rows, columns * inputs, columns, type, mode, type, 0, nullptr};
+                                if (tp_linear(&call, 1)) return 1;
+                                ++calls;
+                            }
                     }
             free(data), free(scale), free(zero);
         }

@@ -162,11 +162,13 @@ def test_layers_without_rows_and_views(level, seed):
     assert run(layer, torch.randn(0, 96)).shape == (0, 24) and run(layer, torch.randn(2, 0, 96)).shape == (2, 0, 24)
     wide = torch.randn(5, 200)
     for x in (wide[:, 7:103], torch.randn(96, 4).T, torch.randn(6, 96)[::2], wide.flatten()[3:99]):
-        close(run(layer, x), run(layer, x.contiguous().clone()).double(), 1.0, 0.0)
+        for view in (x, wide.bfloat16()[:, 7:103], wide.half().flatten()[3:99]):  # halves at odd places
+            close(run(layer, view), run(layer, view.contiguous().clone()).double(), 1.0, 0.0)
 
 
-def test_extreme_scales_and_inputs(level, seed):
-    layer = make(128, 20, 32, 4, symmetric=False)
+@pytest.mark.parametrize("bits", BITS)
+def test_extreme_scales_and_inputs(level, bits, seed):
+    layer = make(128, 20, 32, bits, symmetric=False)
     layer.scales = (torch.rand(4, 20) * 65_000).half()
     layer.scales[0, 0], layer.scales[1, 1] = 6e-8, 0.0  # the smallest half, and none
     for size in (1e-30, 1e-3, 1e30):
@@ -176,10 +178,11 @@ def test_extreme_scales_and_inputs(level, seed):
             close(y, oracle(layer, x), sizes(layer, x), tolerance)
 
 
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("mode", list(cpu_linear.MODES))
-def test_what_is_not_finite_is_not_finite_afterwards(level, mode, value, seed):
-    layer = make(128, 20, 32, 4, symmetric=False)
+def test_what_is_not_finite_is_not_finite_afterwards(level, bits, mode, value, seed):
+    layer = make(128, 20, 32, bits, symmetric=False)
     x = torch.randn(5, 128)
     x[1, 40] = value
     y = registry.backends("quantized_linear")[mode].run(layer, x)
@@ -261,23 +264,46 @@ from tensorpress.kernels import cpu_linear, registry
 from tensorpress.kernels.quantized_linear import QuantizedLinear
 torch.set_num_threads(2)
 cpu_linear.limit_threads(0)
+from tensorpress.kernels.mpo_linear import MPOLinear
+from tensorpress.kernels.semi_structured_linear import SemiStructuredLinear
 index = torch.arange(256) // 64
-layer = QuantizedLinear.from_integers(
-    torch.randint(0, 16, (256, 200)), torch.full((4, 200), 8), torch.rand(4, 200), index, 4, 64, None
-)
-run, x = registry.backends("quantized_linear")["cpu"].run, torch.randn(5, 256)
-y = run(layer, x)
+layers = {
+    f"{bits} bits": QuantizedLinear.from_integers(
+        torch.randint(0, 1 << bits, (256, 200)), torch.full((4, 200), 2), torch.rand(4, 200), index, bits, 64, None
+    )
+    for bits in (2, 3, 4, 8)
+}
+sparse = torch.randn(200, 64, 4)
+sparse[..., ::2] = 0
+layers["2:4"] = SemiStructuredLinear.from_dense(sparse.flatten(1).bfloat16(), None)
+layers["mpo"] = MPOLinear.from_low_rank(torch.randn(200, 9).bfloat16(), torch.randn(9, 256).bfloat16(), None)
+x = torch.randn(5, 256).bfloat16()
+
+def results():
+    with torch.no_grad():
+        return [
+            backend.run(layer, x)
+            for layer in layers.values()
+            for name, backend in registry.backends(layer.operation).items()
+            if name.startswith("cpu")
+        ]
+
+y = results()
+
+def same():
+    return all(torch.equal(a, b) for a, b in zip(results(), y, strict=True))
+
 child = os.fork()
 if child == 0:
-    os._exit(0 if torch.equal(run(layer, x), y) else 1)
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), torch.equal(run(layer, x), y))
+    os._exit(0 if same() else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), same(), len(y))
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_process_goes_on():
     ended = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=60)
-    assert ended.stdout.split() == ["0", "True"], ended.stderr
+    assert ended.stdout.split() == ["0", "True", "11"], ended.stderr
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -319,6 +345,11 @@ def test_nothing_behind_the_end_is_read(level, bits, seed):
                 )  # fmt: skip
                 assert cpu_linear.compiled().tp_linear(ctypes.byref(call), 2) == 0
                 assert torch.equal(y, plain(x.clone(), mode))
+                if rows % 3 == 0:
+                    call.columns, call.stride = 3, 3 * inputs
+                    assert cpu_linear.compiled().tp_linear(ctypes.byref(call), 2) == 0
+                    each = plain(x.clone().view(-1, inputs, 3).transpose(1, 2).reshape(rows, inputs), mode)
+                    assert torch.equal(y.view(-1, 21, 3).transpose(1, 2), each.view(-1, 3, 21))
     finally:
         for _, start, page in kept:
             libc.mprotect(ctypes.c_void_p(start), page, mmap.PROT_READ | mmap.PROT_WRITE)
@@ -340,7 +371,7 @@ def test_many_rows(level, bits, mode, seed):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("value", [1.0, -1.0, 61.0])
 def test_the_largest_integers_and_inputs(level, bits, value, seed):
-    """Sums are as large as they can be; 61 is a largest input that three bytes would round up to what they cannot hold."""
+    """Sums are as large as they can be; 61 is a largest input whose quotient is no whole number in fp32."""
     largest = torch.full((128, 17), (1 << bits) - 1)
     layer = QuantizedLinear.from_integers(
         largest, torch.ones(1, 17), torch.ones(1, 17), torch.zeros(128), bits, 128, None

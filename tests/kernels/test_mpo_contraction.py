@@ -93,9 +93,9 @@ def test_what_is_kept_follows_the_cores(layer, run):
         return x @ layer.dense_weight().T + layer.bias
 
     torch.testing.assert_close(run(layer, x), expected(), rtol=1e-11, atol=1e-11)
-    before = list(layer.kept.values())
+    before = list(layer.kept_of.values())
     run(layer, x)
-    assert [a is b for (_, a), (_, b) in zip(before, layer.kept.values(), strict=True)] == [True]
+    assert [a is b for (_, a), (_, b) in zip(before, layer.kept_of.values(), strict=True)] == [True]
     layer.cores[1].mul_(2)
     torch.testing.assert_close(run(layer, x), expected(), rtol=1e-11, atol=1e-11)
     layer.cores[0] = torch.nn.Parameter(torch.randn_like(layer.cores[0]), requires_grad=False)
@@ -113,13 +113,13 @@ def test_kept_bytes_are_counted_and_given_back(layer):
     assert layer.kept_bytes() == layer.kept_bytes(["matrix"]) == 8 * 120
     for rows in (1, 5, 60, 500, 1):
         mpo_linear_chain(layer, torch.randn(rows, 10, dtype=torch.float64))
-        assert len([key for key in layer.kept if key.startswith("chain")]) <= 2
+        assert len([key for key in layer.kept_of if key.startswith("chain")]) <= 2
     chain = layer.kept_bytes(["chain"])
     assert chain > 0 and layer.kept_bytes() == 8 * 120 + chain
     layer.release(["matrix"])
     assert layer.kept_bytes() == 8 * 120
     layer.release()
-    assert layer.kept_bytes() == 0 and not layer.kept
+    assert layer.kept_bytes() == 0 and not layer.kept_of
 
 
 @pytest.mark.parametrize("kernel", ["chain", "matrix", "auto"])
@@ -128,13 +128,13 @@ def test_gradients_reach_the_cores_of_a_first_layer(layer, kernel):
     layer.requires_grad_(True)
     layer(torch.randn(3, 10, dtype=torch.float64)).sum().backward()  # inputs that need none
     assert all(core.grad is not None and core.grad.abs().sum() > 0 for core in layer.cores)
-    assert not layer.kept
+    assert not layer.kept_of
 
 
 def test_another_precision_goes_through_the_reference(layer):
     with pytest.raises(RuntimeError):  # as a dense layer
         mpo_linear_chain(layer, torch.randn(3, 10))
-    assert not layer.kept
+    assert not layer.kept_of
 
 
 def test_the_plan_of_a_layer_is_of_its_size_of_batch(layer):
@@ -183,9 +183,9 @@ def test_the_compiled_ways_are_the_matrix(seed, rows, columns, bonds):
         room = (
             2**-7 * len(cores) * (x.double().abs() @ sizes.T + layer.bias.double().abs())
         )  # each step's result is rounded
-        for name in ("cpu", "cpu_matrix"):
+        for name in ("cpu_chain", "cpu_matrix"):
             if not known[name].can_run(layer):
-                assert name == "cpu" and len(cores) == 1
+                assert name == "cpu_chain" and len(cores) == 1
                 continue
             for shape in (x.shape, (1, *x.shape)):
                 y = known[name].run(layer, x.view(shape))
@@ -198,4 +198,4 @@ def test_the_compiled_ways_are_the_matrix(seed, rows, columns, bonds):
                 assert ((known[name].run(layer, x).double() - wanted - 1).abs() <= room + 2**-6).all()
                 layer.bias.copy_(before)
     other = MPOLinear.from_cores([core.float() for core in cores], None)
-    assert not known["cpu"].can_run(other) and not known["cpu_matrix"].can_run(other)
+    assert not known["cpu_chain"].can_run(other) and not known["cpu_matrix"].can_run(other)

@@ -28,9 +28,7 @@ def make(inputs=96, outputs=24, bits=4, bias=True):
 
 
 def arguments(layer, x, kernel):
-    return (
-        x, layer.qweight, layer.qzeros, layer.scales, layer.g_idx, layer.bias, layer.bits, layer.group_size, layer.zero_offset, kernel,
-    )  # fmt: skip
+    return x, layer.stored(), layer.operation, layer.numbers(), layer.out_features, kernel
 
 
 def whole(model):
@@ -43,7 +41,7 @@ def whole(model):
 def test_it_is_an_operator_as_torch_wants_them(kernel, seed):
     layer = make(bias=kernel != "reference")
     for x in (torch.randn(3, 96), torch.randn(2, 5, 96).bfloat16()):
-        torch.library.opcheck(operators.quantized_linear, arguments(layer, x, kernel))
+        torch.library.opcheck(operators.linear, arguments(layer, x, kernel))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -81,7 +79,34 @@ def test_layers_of_other_kinds_do_not_break_a_graph(kind, dtype, seed):
         for kernel, backend in registry.backends(layer.operation).items():
             if backend.can_run(layer):
                 layer.kernel = kernel
-                assert torch.allclose(whole(layer)(x).float(), wanted.float(), atol=0.03 * float(wanted.abs().max()))
+                layer.release()
+                found = whole(layer)(x)
+                assert torch.allclose(found.float(), wanted.float(), atol=0.03 * float(wanted.abs().max()))
+                torch.library.opcheck(operators.linear, arguments(layer, x, kernel))
+                kept = layer.kept_bytes()  # by the graph alone
+                assert not list(layer.kept()) and kept == layer.kept_bytes([kernel])
+                layer(x)
+                assert kept <= layer.kept_bytes() <= 2 * kept
+                assert (
+                    bool(kept) == bool(list(layer.kept())) or kind == "low rank"
+                )  # whose chain keeps the cores themselves
+
+
+@pytest.mark.parametrize("kind", ["mpo", "low rank", "2:4", "blocks", "quantized"])
+def test_numbers_rebuild_the_form(kind, seed):
+    layer = make() if kind == "quantized" else others()[kind]
+    again = type(layer).from_numbers(layer.numbers())
+    assert again.spec() == layer.spec() and [*again.spec()][1:] == [*again.fields]
+    assert [t.shape for t in again.stored()] == [t.shape for t in layer.stored()]
+    again.place([t.detach() for t in layer.stored()])
+    assert torch.equal(again.dense_weight(), layer.dense_weight())
+
+
+def test_gradients_reach_the_tensors_of_a_layer_in_a_graph(seed):
+    layer = others()["low rank"]
+    layer.kernel = "auto"
+    whole(layer)(torch.randn(2, 96)).sum().backward()
+    assert all(core.grad is not None and core.grad.abs().sum() > 0 for core in layer.cores)
 
 
 def test_a_whole_model_is_one_graph(make_model, make_ids, seed):
@@ -105,37 +130,42 @@ def test_packed_weights_are_shared_made_anew_and_let_go(seed):
     with torch.no_grad():
         before, eager = compiled(x), layer(x)
         assert torch.equal(before, eager)
-        assert [each["packed"] for each in operators._kept[layer.qweight].values()] == [layer.packed]
-        layer.scales.mul_(2)
-        assert not torch.equal(compiled(x), before) and torch.equal(compiled(x), layer(x))
+        assert [each.packed for each in operators.layers_of(layer.qweight)] == [layer.packed]
+        for change in (lambda: layer.scales.mul_(2), lambda: layer.qweight.add_(1), lambda: layer.bias.neg_()):
+            before = layer(x)
+            change()
+            assert not torch.equal(compiled(x), before) and torch.equal(compiled(x), layer(x))
     torch.compiler.reset()
     gc.collect()  # what other tests left
-    known = len(operators._kept)
+    known = len(operators._layers)
     compiled = layer = None
     torch.compiler.reset()
     gc.collect()
-    assert len(operators._kept) == known - 1
+    assert len(operators._layers) == known - 1
 
 
 def test_one_layer_by_two_kernels_and_two_readings(seed):
     """Graphs that share integers do not change each other's kernel, bias or offset; what they keep is let go with the layer's."""
     layer, x = make(), torch.randn(2, 96)
-    exact = operators.quantized_linear(*arguments(layer, x, "reference"))
+    exact = operators.linear(*arguments(layer, x, "reference"))
     for kernel in KERNELS:
-        found = operators.quantized_linear(*arguments(layer, x, kernel))
+        found = operators.linear(*arguments(layer, x, kernel))
         assert torch.allclose(found, exact, atol=0.02 * float(exact.abs().max()))
     shifted = list(arguments(layer, x, "auto"))
-    shifted[8] = 1 - layer.zero_offset
-    assert not torch.allclose(operators.quantized_linear(*shifted), exact, atol=1e-3)
+    shifted[3] = [*shifted[3][:4], 1 - layer.zero_offset, shifted[3][5]]
+    assert not torch.allclose(operators.linear(*shifted), exact, atol=1e-3)
+    other = torch.zeros_like(layer.bias)
+    found = operators.linear(x, [*layer.stored()[:-1], other], *arguments(layer, x, "reference")[2:])
+    assert torch.allclose(found + layer.bias, exact, atol=1e-4)
     layer.release()
-    assert layer.qweight not in operators._kept
+    assert layer.qweight not in operators._layers
 
 
 def test_a_kernel_that_there_is_not_is_refused_in_a_graph_too(seed):
     layer = make()
     layer.kernel = "fast"
     with pytest.raises(ValueError, match="kernel 'fast' is not known for quantized_linear"), torch.no_grad():
-        operators.quantized_linear(*arguments(layer, torch.randn(1, 96), "fast"))
+        operators.linear(*arguments(layer, torch.randn(1, 96), "fast"))
 
 
 def test_gradients_go_through_the_reference(seed):

@@ -143,7 +143,7 @@ def test_weights_that_change_are_seen(seed, kernel):
 
 
 class Kept:
-    nbytes = 99
+    nbytes, data = 99, torch.zeros(99, dtype=torch.uint8)
 
 
 def test_what_kernels_keep_is_counted_and_given_back(seed):

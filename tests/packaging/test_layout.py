@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -97,6 +98,20 @@ def unpacked(tree, tmp_path_factory):
     (wheel,) = folder.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(folder / "site")
     return folder / "site"
+
+
+@pytest.mark.parametrize(
+    "environment", [{"TENSORPRESS_NO_NATIVE": "1"}, {"CC": "/bin/false", "CXX": "/bin/false"}], ids=str
+)
+def test_without_a_compiler_the_package_installs(tree, tmp_path, environment):
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path)]
+    command += ["--no-build-isolation"] * can_build()
+    copy = tmp_path / "tree"
+    shutil.copytree(tree, copy, ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    subprocess.run([*command, str(copy)], check=True, env={**os.environ, **environment})
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "tensorpress/kernels/cpu_linear.py" in names and not [name for name in names if "libcpu" in name]
 
 
 def files_of(folder):
