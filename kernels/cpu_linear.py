@@ -149,7 +149,7 @@ class Packed:
             raise ValueError("a quantized layer has packed integers in int32 and scales in float16")  # what C reads
         check_groups(layer)
         groups, order = places(layer.g_idx, layer.scales.shape[0])
-        self.made_of = (state(layer), layer.bits, layer.zero_offset)
+        self.made_of, self.zero_offset = Origin(_made_of(layer)), layer.zero_offset
         self.outputs, self.inputs, self.bits = layer.out_features, layer.in_features, layer.bits
         blocks, count = -(-self.outputs // LANES), len(groups)
         group = len(order) // count
@@ -183,6 +183,11 @@ class Packed:
         """Bytes that a product reads."""
         return sum(t.nbytes for t in (self.data, self.scale, self.zero, self.order, self.bias) if t is not None)
 
+    def is_of(self, layer: QuantizedLinear) -> bool:
+        """Whether it was made of the layer as it is."""
+        form = layer.bits == self.bits and layer.zero_offset == self.zero_offset
+        return form and self.made_of.holds(_made_of(layer))
+
     def __call__(self, x: torch.Tensor, mode: int) -> torch.Tensor:
         """The product [..., outputs] with x [..., inputs], in the dtype of x. Raises MemoryError."""
         return multiply(self.weights, x, mode)
@@ -199,13 +204,12 @@ def multiply(weights: Weights, x: torch.Tensor, mode: int) -> torch.Tensor:
     return _multiplied(weights, flat, y, flat.shape[0], flat.stride(0), 1, mode)
 
 
-def multiply_columns(weights: Weights, x: torch.Tensor) -> torch.Tensor:
-    """W times each of x [batch, inputs, columns], contiguous: [batch, outputs, columns]. Raises MemoryError, ValueError for other inputs."""
-    batch, inputs, columns = x.shape
-    if inputs != weights.inputs or not x.is_contiguous():
-        raise ValueError(f"inputs of the shape {[*x.shape]} for a layer of {weights.inputs}")
+def multiply_columns(weights: Weights, x: torch.Tensor, batch: int, columns: int) -> torch.Tensor:
+    """W times each of x, numbers [batch, inputs, columns] in this order: [batch, outputs, columns]. Raises MemoryError, ValueError for other inputs."""
+    if x.numel() != batch * weights.inputs * columns:
+        raise ValueError(f"inputs of the shape {[*x.shape]} for a layer of {weights.inputs}, {batch} times {columns}")
     y = x.new_empty(batch, weights.outputs, columns)
-    return _multiplied(weights, x, y, batch * columns, inputs * columns, columns, MODES["cpu"])
+    return _multiplied(weights, x.contiguous(), y, batch * columns, weights.inputs * columns, columns, MODES["cpu"])
 
 
 def _multiplied(
@@ -225,9 +229,8 @@ def _address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def state(layer: QuantizedLinear) -> Origin:
-    """What changes when a weight of the layer is replaced or written to."""
-    return Origin((layer.qweight, layer.qzeros, layer.scales, layer.g_idx, layer.bias))
+def _made_of(layer: QuantizedLinear) -> tuple[torch.Tensor | None, ...]:
+    return layer.qweight, layer.qzeros, layer.scales, layer.g_idx, layer.bias
 
 
 def _zero_points(layer: QuantizedLinear) -> torch.Tensor:
@@ -269,10 +272,9 @@ _shared: weakref.WeakValueDictionary[int, Packed] = weakref.WeakValueDictionary(
 def packed(layer: QuantizedLinear) -> Packed:
     """The layer's weights in the layout of the compiled code, made anew if they changed."""
     kept: Packed | None = layer.packed
-    now = (state(layer), layer.bits, layer.zero_offset)
-    if kept is None or kept.made_of != now:
+    if kept is None or not kept.is_of(layer):
         kept = _shared.get(layer.qweight.data_ptr())
-        if kept is None or kept.made_of != now:
+        if kept is None or not kept.is_of(layer):
             kept = _shared[layer.qweight.data_ptr()] = Packed(layer)
         layer.packed = kept
     return kept
@@ -280,7 +282,7 @@ def packed(layer: QuantizedLinear) -> Packed:
 
 def run(mode: str, layer: QuantizedLinear, x: torch.Tensor) -> torch.Tensor:
     """The product of a layer, by the reference where gradients or another precision are asked for."""
-    if x.dtype not in TYPES or x.device.type != "cpu" or (torch.is_grad_enabled() and x.requires_grad):
+    if x.dtype not in TYPES or x.device.type != "cpu" or (x.requires_grad and torch.is_grad_enabled()):
         return registry.backends("quantized_linear")["reference"].run(layer, x)
     return packed(layer)(x, MODES[mode])
 

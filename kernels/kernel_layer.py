@@ -51,7 +51,8 @@ class KernelLayer(nn.Module, ABC):
             return registry.kernel_for(self.operation, self, x)(self, x)
         stored = self.stored()
         learns = torch.is_grad_enabled() and (x.requires_grad or any(tensor.requires_grad for tensor in stored))
-        if learns or torch.compiler.is_exporting():  # plain operations
+        cast = torch.is_autocast_enabled(x.device.type)  # which does not reach into an operator
+        if learns or cast or torch.compiler.is_exporting():  # plain operations
             return registry.backends(self.operation)[self.trained_by].run(self, x)
         found: torch.Tensor = operators.linear(
             x, stored, self.operation, self.numbers(), self.out_features, self.kernel
@@ -129,9 +130,12 @@ class KernelLayer(nn.Module, ABC):
         return used[-1] if used else sum(tensor.nbytes for tensor in self.stored())
 
     def release(self, names: Collection[str] = ()) -> None:
-        """Drop what kernels other than these keep."""
-        self.release_own(names)
-        operators.forget(self.stored()[0])
+        """Drop what kernels other than these keep, for graphs, too."""
+        first = self.stored()[0]
+        for layer in (self, *operators.layers_of(first)):
+            layer.release_own(names)
+        if not names:
+            operators.forget(first)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Move with the model; what kernels keep is made anew."""

@@ -40,13 +40,12 @@ def matrix_linear(
 
     What is kept has neither gradients nor another precision: where they are asked for, the layer's other kernel computes.
     """
-    learns = x.requires_grad or any(t is not None and t.requires_grad for t in (*stored, layer.bias))
-    if x.dtype != stored[0].dtype or (torch.is_grad_enabled() and learns):
+    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *stored, layer.bias))
+    if learns or x.dtype != stored[0].dtype:
         return registry.backends(layer.operation)[layer.trained_by].run(layer, x)
-    made_of = Origin(stored)
     kept = layer.matrix
-    if kept is None or kept.made_of != made_of:
-        kept = layer.matrix = Matrix(layer, made_of)
+    if kept is None or not kept.made_of.holds(stored):
+        kept = layer.matrix = Matrix(layer, Origin(stored))
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
     return nn.functional.linear(x, kept.data, bias)
 

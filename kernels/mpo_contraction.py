@@ -8,6 +8,7 @@ matrix product whose result is the next one's operand as it lies (the order is f
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,8 +18,9 @@ from typing import Any, Literal
 
 import torch
 
-Multiply = Callable[[Any, torch.Tensor], torch.Tensor]
-"""[p, q], in the form that it wants, times each of [batch, q, columns]: [batch, p, columns]."""
+Multiply = Callable[[Any, torch.Tensor, int, int], torch.Tensor]
+"""[p, q], in the form that it wants, times each of the numbers [batch, q, columns], whatever their shape, for (batch, columns): [batch, p, columns],
+or another shape of the same numbers."""
 Shape = tuple[int, int, int, int]
 """(left bond, outputs, inputs, right bond) of a site."""
 
@@ -109,17 +111,21 @@ def best_chain(shapes: tuple[Shape, ...], rows: int, size: int, machine: Machine
     return min(several, key=lambda plan: predicted(shapes, plan, rows, size, machine), default=None)
 
 
+def machine_of(device: str, dtype: torch.dtype, threads: int, kind: Kind | None = None) -> Machine:
+    """What products of matrices reach here, torch's or another kind's; measured in some milliseconds, once."""
+    return _measured(device, dtype, threads, kind if kind and kind.has_rates else TORCH)
+
+
 @cache
-def machine_of(device: str, dtype: torch.dtype, _threads: int, kind: Kind | None = None) -> Machine:
-    """What products of matrices reach here, torch's or another kind's; measured in some milliseconds."""
-    where, kind = torch.device(device), kind if kind and kind.has_rates else TORCH
+def _measured(device: str, dtype: torch.dtype, _threads: int, kind: Kind) -> Machine:
+    where = torch.device(device)
 
     def seconds(batch: int, outputs: int, inner: int, columns: int) -> float:
         matrix, state = (torch.ones(s, dtype=dtype, device=where) for s in ((outputs, inner), (batch, inner, columns)))
         form, best = kind.form(matrix), float("inf")
         for _ in range(4):
             began = time.perf_counter()
-            kind.multiply(form, state)
+            kind.multiply(form, state, batch, columns)
             if where.type == "cuda":
                 torch.cuda.synchronize(where)
             best = min(best, time.perf_counter() - began)
@@ -152,10 +158,8 @@ def merge(cores: Sequence[torch.Tensor]) -> torch.Tensor:
 class Contraction:
     """The groups' matrices of a plan, as products want them."""
 
-    def __init__(
-        self, cores: Sequence[torch.Tensor], plan: Plan, made_of: object = None, kind: Kind | None = None
-    ) -> None:
-        self.plan, self.made_of, self.kind = plan, made_of, kind or TORCH
+    def __init__(self, cores: Sequence[torch.Tensor], plan: Plan, kind: Kind | None = None) -> None:
+        self.plan, self.kind = plan, kind or TORCH
         self.shapes: list[Shape] = merged([tuple(core.shape) for core in cores], plan)  # type: ignore[misc]
         self.matrices: list[Any] = []
         first = 0
@@ -168,6 +172,12 @@ class Contraction:
             self.matrices.append(self.kind.form(matrix.contiguous()))
             first = end
 
+    def by(self, kind: Kind) -> Contraction:
+        """The same matrices, multiplied by another kind that wants them in the same form."""
+        same = copy.copy(self)
+        same.kind = kind
+        return same
+
     @property
     def nbytes(self) -> int:
         return sum(matrix.nbytes for matrix in self.matrices)
@@ -175,27 +185,25 @@ class Contraction:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """W x for x [..., inputs]; the result is [..., outputs]."""
         rows = x.numel() // x.shape[-1] if x.numel() else 0
-        left_to_right = self.plan.side == "left"
-        order = list(zip(self.matrices, self.shapes, strict=True))
-        inputs, state = x.shape[-1], x.reshape(rows, x.shape[-1])
-        outputs = 1
-        for matrix, (left, i, j, right) in order if left_to_right else reversed(order):
+        inputs, outputs, state, left = x.shape[-1], 1, x, self.plan.side == "left"
+        multiply = self.kind.multiply
+        sites = range(len(self.shapes))
+        for k in sites if left else reversed(sites):
+            _, i, j, _ = self.shapes[k]
             inputs //= j
-            batch, columns = (rows * outputs, inputs) if left_to_right else (rows * inputs, outputs)
-            summed = j * (left if left_to_right else right)
-            state = self.kind.multiply(matrix, state.reshape(batch, summed, columns))
+            batch, columns = (rows * outputs, inputs) if left else (rows * inputs, outputs)
+            state = multiply(self.matrices[k], state, batch, columns)
             outputs *= i
         return state.reshape(*x.shape[:-1], outputs)
 
 
-def _multiply(matrix: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-    """[p, q] times each of [batch, q, columns]: [batch, p, columns]."""
-    batch, inner, columns = state.shape
+def _multiply(matrix: torch.Tensor, state: torch.Tensor, batch: int, columns: int) -> torch.Tensor:
+    inner = matrix.shape[1]
     if columns == 1:
-        return torch.nn.functional.linear(state.reshape(batch, inner), matrix)[:, :, None]
+        return torch.nn.functional.linear(state.reshape(batch, inner), matrix)
     if batch == 1:
-        return (matrix @ state[0])[None]
-    return torch.bmm(matrix.expand(batch, *matrix.shape), state)
+        return matrix @ state.reshape(inner, columns)
+    return torch.bmm(matrix.expand(batch, *matrix.shape), state.reshape(batch, inner, columns))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ along their bonds d_0 = d_n = 1 (Oseledets 2011; Gao et al. 2020, "Compressing d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -142,6 +142,10 @@ class MPOLinear(KernelLayer):
         made = self.kept_of.get(name, self.kept_of.get(f"{name} {batch_of(rows)}", (None, None)))[1]
         return sum(core.nbytes for core in self.cores) if made is None else made.nbytes
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy makes its own of what kernels keep."""
+        return {**self.__dict__, "kept_of": {}}
+
     def release_own(self, names: Collection[str]) -> None:
         self.kept_of = {key: value for key, value in self.kept_of.items() if key.partition(" ")[0] in names}
 
@@ -177,13 +181,22 @@ def mpo_linear_dense(layer: MPOLinear, x: torch.Tensor) -> torch.Tensor:
 def mpo_linear_reference(layer: MPOLinear, x: torch.Tensor) -> torch.Tensor:
     """Whichever of the chain, from either side, and the contracted matrix takes fewest multiply-adds for this many tokens."""
     cores = list(layer.cores)
-    tokens = x.numel() // x.shape[-1]
-    from_right = Plan("right", tuple(range(1, len(cores) + 1)))
-    left, right = apply_cost(cores, tokens), mpo_contraction.operations(layer.shapes(), from_right, tokens)
-    if min(left, right) >= matrix_cost(cores, tokens):
+    left, right, matrix = _reference_costs(layer, x.numel() // x.shape[-1])
+    if min(left, right) >= matrix:
         return mpo_linear_dense(layer, x)
-    y = mpo_apply(cores, x) if left <= right else Contraction(cores, from_right)(x)
+    y = mpo_apply(cores, x) if left <= right else Contraction(cores, _from_right(layer))(x)
     return y if layer.bias is None else y + layer.bias
+
+
+def _from_right(layer: MPOLinear) -> Plan:
+    return Plan("right", tuple(range(1, len(layer.cores) + 1)))
+
+
+def _reference_costs(layer: MPOLinear, tokens: int) -> tuple[int, int, int]:
+    """Multiply-adds of the chain from the left, from the right, and of the contracted matrix."""
+    cores = list(layer.cores)
+    right = mpo_contraction.operations(layer.shapes(), _from_right(layer), tokens)
+    return apply_cost(cores, tokens), right, matrix_cost(cores, tokens)
 
 
 def mpo_linear_matrix(layer: MPOLinear, x: torch.Tensor) -> torch.Tensor:
@@ -208,14 +221,13 @@ def mpo_linear_chain(layer: MPOLinear, x: torch.Tensor, name: str = "chain", kin
     if _learns(layer, x):
         return mpo_linear_reference(layer, x)
     rows = x.numel() // x.shape[-1]
-    plan, _ = plan_for(layer, rows, x.dtype, kind)
-    cores = list(layer.cores)
 
     def made() -> Contraction:
-        known = (one for _, one in layer.kept_of.values() if isinstance(one, Contraction))
-        alike = (one for one in known if one.plan == plan and one.kind.form is kind.form)
-        same = next((one for one in alike if one.made_of == Origin(layer.cores)), None)
-        return same or Contraction(cores, plan, Origin(layer.cores), kind)
+        plan, _ = plan_for(layer, rows, x.dtype, kind)
+        known = ((made_of, one) for made_of, one in layer.kept_of.values() if isinstance(one, Contraction))
+        alike = ((made_of, one) for made_of, one in known if one.plan == plan and one.kind.form is kind.form)
+        same = next((one for made_of, one in alike if made_of.holds(layer.cores)), None)
+        return same.by(kind) if same else Contraction(list(layer.cores), plan, kind)
 
     y: torch.Tensor = _kept(layer, f"{name} {batch_of(rows)}", made)(x)
     return y if layer.bias is None else y + layer.bias
@@ -231,10 +243,10 @@ def mpo_linear_cpu_chain(layer: MPOLinear, x: torch.Tensor) -> torch.Tensor:
     return mpo_linear_chain(layer, x, "cpu_chain", COMPILED)
 
 
-def _triton_step(matrix: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+def _triton_step(matrix: torch.Tensor, state: torch.Tensor, batch: int, columns: int) -> torch.Tensor:
     from tensorpress.kernels import triton_linear
 
-    return triton_linear.chain_step(matrix, state)
+    return triton_linear.chain_step(matrix, state.reshape(batch, matrix.shape[1], columns))
 
 
 TRITON = Kind("triton", _triton_step, has_rates=False)
@@ -262,15 +274,16 @@ def _chain_seconds(layer: MPOLinear, x: torch.Tensor, kind: Kind = TORCH) -> flo
 
 def _reference_seconds(layer: MPOLinear, x: torch.Tensor) -> float:
     """By its multiply-adds alone."""
-    cores, tokens = list(layer.cores), x.numel() // x.shape[-1]
-    machine = mpo_contraction.machine_of(str(cores[0].device), x.dtype, torch.get_num_threads())
-    return min(apply_cost(cores, tokens), matrix_cost(cores, tokens)) / machine.rate
+    tokens, device = x.numel() // x.shape[-1], str(layer.cores[0].device)
+    machine = mpo_contraction.machine_of(device, x.dtype, torch.get_num_threads())
+    return min(_reference_costs(layer, tokens)) / machine.rate
 
 
 def _kept(layer: MPOLinear, key: str, make: Callable[[], Any]) -> Any:
     """What was made of the cores as they are, made anew if they changed."""
-    state, (made_of, made) = Origin(layer.cores), layer.kept_of.get(key, (None, None))
-    if made_of != state:
+    made_of, made = layer.kept_of.get(key, (None, None))
+    if made_of is None or not made_of.holds(_cores(layer)):
+        now = Origin(layer.cores)
         with torch.no_grad():
             made = make()
         others = {name: value for name, value in layer.kept_of.items() if name != key}
@@ -278,13 +291,18 @@ def _kept(layer: MPOLinear, key: str, make: Callable[[], Any]) -> Any:
         chains = [name for name in others if name.startswith(f"{kind} ")]
         if batch and len(chains) > 1:  # one for reading, one for decoding
             others.pop(chains[0])
-        layer.kept_of = {**others, key: (state, made)}
+        layer.kept_of = {**others, key: (now, made)}
     return made
+
+
+def _cores(layer: MPOLinear) -> Iterable[torch.Tensor]:
+    """The cores, for every product: a list of parameters takes microseconds for each."""
+    return layer.cores._parameters.values()  # type: ignore[return-value]
 
 
 def _learns(layer: MPOLinear, x: torch.Tensor) -> bool:
     """Whether gradients are asked for, which what is kept has not; or another precision, which it would have to be made for."""
-    core = layer.cores[0]
+    core = next(iter(_cores(layer)))
     return (
         x.dtype != core.dtype or x.numel() == 0 or (torch.is_grad_enabled() and (x.requires_grad or core.requires_grad))
     )

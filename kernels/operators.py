@@ -47,7 +47,7 @@ def _layer(tensors: Sequence[torch.Tensor], operation: str, numbers: tuple[int, 
 
     known = _layers.setdefault(tensors[0], {})
     form = (operation, numbers, kernel)
-    place = [(t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors]
+    place = [(t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, t.shape, t.stride()) for t in tensors]
     found = known.get(form)
     if found is None or found[0] != place:
         with torch.device("meta"):

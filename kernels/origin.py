@@ -8,29 +8,37 @@ import torch
 
 
 class Origin:
-    """Tensors as they are now; equal to a later one of the same tensors that nobody wrote to.
+    """Tensors as they are now, to be asked later whether others are the same, and nobody wrote to them. What is written through `.data` is not seen.
 
-    It holds their memory, so that another tensor cannot lie at the same address meanwhile. What is written through `.data` is not seen.
+    It holds their memory, so that another tensor cannot lie at the same address meanwhile.
     """
 
     def __init__(self, tensors: Iterable[torch.Tensor | None]):
-        self.tensors = [tensor.detach() for tensor in tensors if tensor is not None]
-        self.versions = [0 if tensor.is_inference() else tensor._version for tensor in self.tensors]
+        self.tensors = [tensor for tensor in tensors if tensor is not None]
+        self.memory = [tensor.untyped_storage() for tensor in self.tensors]
+        self.marks = [(t.data_ptr(), _version(t), t.dtype, t.shape, t.stride()) for t in self.tensors]
 
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, Origin)
-            and self.versions == other.versions
-            and [*map(_place, self.tensors)] == [*map(_place, other.tensors)]
-        )
+    def holds(self, tensors: Iterable[torch.Tensor | None]) -> bool:
+        """Whether these are the tensors as they were. Called for every product: what is the same object is asked less."""
+        now = [tensor for tensor in tensors if tensor is not None]
+        if len(now) != len(self.marks):
+            return False
+        for tensor, own, (place, version, *form) in zip(now, self.tensors, self.marks, strict=True):
+            if tensor.data_ptr() != place or _version(tensor) != version:
+                return False
+            if tensor is not own and [tensor.dtype, tensor.shape, tensor.stride()] != form:
+                return False
+        return True
 
-    __hash__ = None  # type: ignore[assignment]
+    def __reduce__(self) -> tuple[type, tuple[tuple[()]]]:
+        """A copy is of nothing: what was kept of these tensors is made anew for others."""
+        return Origin, ((),)
 
     def shares(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor lies in the memory of one of these."""
         place = tensor.untyped_storage().data_ptr()
-        return any(place == own.untyped_storage().data_ptr() for own in self.tensors)
+        return any(place == memory.data_ptr() for memory in self.memory)
 
 
-def _place(tensor: torch.Tensor) -> tuple[int, torch.dtype, torch.Size, tuple[int, ...]]:
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version

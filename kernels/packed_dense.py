@@ -62,9 +62,9 @@ class PackedDense(_Packed):
         )  # fmt: skip
 
 
-def multiply_columns(kept: PackedDense, x: torch.Tensor) -> torch.Tensor:
-    """A matrix [p, q] times each of x [batch, q, columns]: [batch, p, columns]. Raises MemoryError."""
-    return cpu_linear.multiply_columns(kept.weights, x.contiguous())
+def multiply_columns(kept: PackedDense, x: torch.Tensor, batch: int, columns: int) -> torch.Tensor:
+    """A matrix [p, q] times each of x, numbers [batch, q, columns] in this order: [batch, p, columns]. Raises MemoryError."""
+    return cpu_linear.multiply_columns(kept.weights, x, batch, columns)
 
 
 class PackedSparse(_Packed):
@@ -73,7 +73,7 @@ class PackedSparse(_Packed):
     scale = None
 
     def __init__(self, layer: SemiStructuredLinear):
-        self.made_of = _state(layer)
+        self.made_of = Origin(_made_of(layer))
         outputs, inputs, fours = layer.out_features, layer.in_features, layer.fours
         more, padding = -fours % (STEP // 4), -outputs % LANES
         values = nn.functional.pad(_rounded(layer.values), (0, 2 * more, 0, padding))
@@ -101,17 +101,18 @@ def _bytes(tensor: torch.Tensor, blocks: int, units: int) -> torch.Tensor:
     return tensor.view(torch.uint8).view(blocks, units, -1)
 
 
-def _state(layer: SemiStructuredLinear) -> Origin:
-    return Origin((layer.values, layer.indices, layer.bias))
+def _made_of(layer: SemiStructuredLinear) -> tuple[torch.Tensor | None, ...]:
+    return layer.values, layer.indices, layer.bias
 
 
 def run_sparse(layer: SemiStructuredLinear, x: torch.Tensor) -> torch.Tensor:
     """The product of a 2:4 layer, by the reference where gradients or another precision are asked for. Raises MemoryError."""
-    learns = any(t is not None and t.requires_grad for t in (x, layer.values, layer.bias))
-    if x.dtype not in cpu_linear.TYPES or x.device.type != "cpu" or (torch.is_grad_enabled() and learns):
+    stored = _made_of(layer)
+    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *stored))
+    if learns or x.dtype not in cpu_linear.TYPES or x.device.type != "cpu":
         return registry.backends(layer.operation)["reference"].run(layer, x)
     kept = layer.packed  # held until the product is done: another thread may release it
-    if kept is None or kept.made_of != _state(layer):
+    if kept is None or not kept.made_of.holds(stored):
         kept = layer.packed = PackedSparse(layer)
     return cpu_linear.multiply(kept.weights, x, cpu_linear.MODES["cpu"])
 

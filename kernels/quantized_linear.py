@@ -176,9 +176,9 @@ def quantized_linear_reference(layer: QuantizedLinear, x: torch.Tensor) -> torch
 
 def quantized_linear_unpacked(layer: QuantizedLinear, x: torch.Tensor) -> torch.Tensor:
     """The reference with the dequantized weight kept in memory: the same numbers, faster, at the memory of a dense layer."""
-    kept, state = layer.unpacked, cpu_linear.state(layer)
-    if kept is None or kept[0] != state or kept[1].dtype != x.dtype or kept[1].device != x.device:
-        kept = layer.unpacked = (state, layer.dense_weight().to(x.dtype).contiguous())
+    kept, stored = layer.unpacked, layer.stored()
+    if kept is None or not kept[0].holds(stored) or kept[1].dtype != x.dtype or kept[1].device != x.device:
+        kept = layer.unpacked = (Origin(stored), layer.dense_weight().to(x.dtype).contiguous())
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
     return nn.functional.linear(x, kept[1], bias)
 

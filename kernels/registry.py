@@ -102,14 +102,16 @@ def kernel_for(operation: str, layer: Any, x: torch.Tensor) -> Kernel:
 
 
 def _fastest(operation: str, layer: Any, x: torch.Tensor) -> Backend:
-    traced = (
-        torch.jit.is_tracing() or torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter)
-    )
-    if traced or x.device.type == "meta" or x.numel() == 0 or (torch.is_grad_enabled() and _learns(layer, x)):
+    size = x.numel()
+    plain = type(x) in (torch.Tensor, torch.nn.Parameter) and size > 0 and x.device.type != "meta"
+    traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
+    if traced or not plain or (torch.is_grad_enabled() and _learns(layer, x)):
         return _backends[operation][getattr(layer, "trained_by", "reference")]
-    batch = measured.batch_of(x.numel() // max(x.shape[-1], 1))
+    batch = measured.batch_of(size // x.shape[-1])
     call = (batch, x.dtype, x.device, torch.get_num_threads())
-    taken: dict[Any, str] = layer.__dict__.setdefault("taken", {})
+    taken: dict[Any, str] | None = layer.__dict__.get("taken")
+    if taken is None:
+        taken = layer.__dict__.setdefault("taken", {})
     if call not in taken:
         several = candidates(operation, layer)
         if len(several) == 1:

@@ -17,6 +17,7 @@ typedef void (*parallel_function)(void (*)(void *), void *, unsigned, unsigned);
 parallel_function pool = nullptr;
 int pool_process = 0;
 int highest = 4;
+const struct tp_kernels *known_set = nullptr;
 
 void take(void *pointer) {
     struct tp_task *task = (struct tp_task *)pointer;
@@ -233,7 +234,10 @@ uint64_t tp_read(const void *data, int64_t bytes, int threads) {
 void tp_limit_threads(int64_t work) { tp_worth_a_thread = work; }
 
 // The highest instruction set to use, for tests: 0 portable, 1 AVX2, 2 AVX-VNNI, 3 AVX-512 with VNNI, 4 with BF16, too.
-void tp_limit(int level) { highest = level; }
+void tp_limit(int level) {
+    highest = level;
+    __atomic_store_n(&known_set, nullptr, __ATOMIC_RELAXED);
+}
 
 const char *tp_instructions(void) { return tp_set()->name; }
 
@@ -269,7 +273,7 @@ static bool has_late(int bit) {
 }
 #endif
 
-const struct tp_kernels *tp_set(void) {
+static const struct tp_kernels *best_set(void) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool vnni = TP_HAS("avx512f") && TP_HAS("avx512bw") && TP_HAS("avx512dq") && TP_HAS("avx512vl") && TP_HAS("avx512vnni");
@@ -284,6 +288,13 @@ const struct tp_kernels *tp_set(void) {
     if (highest >= 1 && avx2) return &tp_avx2;
 #endif
     return &tp_portable;
+}
+
+// Asked once: CPUID leaves a virtual machine, which takes as long as a small product.
+const struct tp_kernels *tp_set(void) {
+    const struct tp_kernels *set = __atomic_load_n(&known_set, __ATOMIC_RELAXED);
+    if (!set) __atomic_store_n(&known_set, set = best_set(), __ATOMIC_RELAXED);
+    return set;
 }
 
 // A process that was forked has none of its parent's threads: it works alone.

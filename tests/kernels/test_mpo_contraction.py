@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
+import pickle
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from tensorpress.kernels import cpu_linear, mpo_contraction, registry
 from tensorpress.kernels.mpo_contraction import TORCH, Contraction, Machine, Plan, merge, operations, plans, predicted
 from tensorpress.kernels.mpo_linear import COMPILED, MPOLinear, mpo_linear_chain, mpo_linear_matrix, plan_for
 
+COMPILES = cpu_linear.compiled() is not None
 CASES = (
     ((3, 4), (5, 2), (6,)),
     ((7, 1), (1, 5), (4,)),  # a truncated singular value decomposition
@@ -122,6 +125,40 @@ def test_kept_bytes_are_counted_and_given_back(layer):
     assert layer.kept_bytes() == 0 and not layer.kept_of
 
 
+def test_each_kind_does_its_own_products(layer):
+    """Contractions in the same form are shared, what multiplies is not."""
+    x, calls = torch.randn(2, 10, dtype=torch.float64), []
+
+    def multiply(*arguments):
+        calls.append(arguments)
+        return TORCH.multiply(*arguments)
+
+    other = dataclasses.replace(TORCH, name="other", multiply=multiply, has_rates=False)
+    wanted = mpo_linear_chain(layer, x)
+    assert torch.equal(mpo_linear_chain(layer, x, "other", other), wanted) and len(calls) == 2
+    (_, one), (_, two) = layer.kept_of.values()
+    assert all(a is b for a, b in zip(one.matrices, two.matrices, strict=True))
+
+
+def test_copies_make_their_own(layer):
+    x = torch.randn(2, 10).bfloat16()
+    layer.bfloat16()
+    compiled = [registry.backends("mpo_linear")[name].run for name in ("cpu_chain", "cpu_matrix")] * COMPILES
+    for run in (mpo_linear_chain, mpo_linear_matrix, *compiled):
+        layer.release()
+        y = run(layer, x)
+        for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert other.kept_bytes() == 0 and other.read_bytes(1) > 0
+            assert torch.equal(run(other, x), y) and other.kept_of and layer.kept_of
+
+
+def test_the_reference_is_expected_to_take_the_cheapest_way(seed):
+    low_rank = MPOLinear.from_low_rank(torch.randn(1024, 16), torch.randn(16, 1024), None)
+    expected = registry.backends("mpo_linear")["reference"].expected(low_rank, torch.randn(1, 1024))
+    machine = mpo_contraction.machine_of("cpu", torch.float32, torch.get_num_threads())
+    assert expected == pytest.approx(2 * 16 * 1024 / machine.rate)
+
+
 @pytest.mark.parametrize("kernel", ["chain", "matrix", "auto"])
 def test_gradients_reach_the_cores_of_a_first_layer(layer, kernel):
     layer.kernel = kernel
@@ -160,7 +197,7 @@ def test_nothing_is_copied_between_steps(seed, kind):
     cores = [core.bfloat16() for core in random_cores((2, 3, 5), (3, 4, 2), (4, 7))]
     x = torch.randn(3, 24).bfloat16()
     for plan in plans(3):
-        contraction = Contraction(cores, plan, kind=kind)
+        contraction = Contraction(cores, plan, kind)
         with Calls() as calls:
             contraction(x)
         assert calls.names and not {

@@ -87,9 +87,7 @@ def test_layers_of_other_kinds_do_not_break_a_graph(kind, dtype, seed):
                 assert not list(layer.kept()) and kept == layer.kept_bytes([kernel])
                 layer(x)
                 assert kept <= layer.kept_bytes() <= 2 * kept
-                assert (
-                    bool(kept) == bool(list(layer.kept())) or kind == "low rank"
-                )  # whose chain keeps the cores themselves
+                assert list(layer.kept()) or not kept
 
 
 @pytest.mark.parametrize("kind", ["mpo", "low rank", "2:4", "blocks", "quantized"])
@@ -181,3 +179,37 @@ def test_exported_graphs_are_plain_torch(seed):
     with torch.no_grad():
         program = torch.export.export(layer, (torch.randn(2, 96),))
     assert "tensorpress" not in str(program.graph)
+
+
+@pytest.mark.parametrize("kind", ["mpo", "low rank", "2:4", "blocks", "quantized"])
+def test_autocast_is_what_it_is_without_a_graph(kind, seed):
+    layer = make() if kind == "quantized" else others()[kind]
+    layer.kernel = "auto"
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for x in (torch.randn(3, 96), torch.randn(3, 96).bfloat16()):
+            wanted, found = layer(x), whole(layer)(x)
+            assert torch.allclose(found.float(), wanted.float(), atol=0.03 * float(wanted.abs().max()))
+
+
+def test_weights_that_lie_otherwise_are_seen_by_a_graph(seed):
+    layer = BlockDiagonalLinear.from_blocks(torch.randn(4, 6, 6), None)
+    layer.kernel, x = "blocks", torch.randn(3, 24)
+    compiled = whole(layer)
+    with torch.no_grad():
+        compiled(x)
+        layer.blocks.data = layer.blocks.data.transpose(1, 2)
+        assert torch.allclose(compiled(x), layer(x), atol=1e-5)
+
+
+def test_what_graphs_keep_stays_for_the_kernels_that_stay(seed):
+    layer, x = others()["mpo"], torch.randn(3, 96)
+    layer.kernel = "matrix"
+    with torch.no_grad():
+        whole(layer)(x)
+    kept = layer.kept_bytes()
+    layer.release(["matrix"])
+    assert layer.kept_bytes() == kept > 0
+    layer.release(["chain"])
+    assert layer.kept_bytes() == 0 and operators.layers_of(layer.stored()[0])
+    layer.release()
+    assert not operators.layers_of(layer.stored()[0])

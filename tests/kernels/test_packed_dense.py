@@ -86,11 +86,11 @@ def test_a_matrix_times_columns(level, batch, p, q, columns, seed):
     packed = PackedDense(matrix, None)
     state = torch.randn(batch, q, columns).bfloat16()
     for x in (state, state.float(), state.transpose(1, 2).contiguous().transpose(1, 2)):
-        y = multiply_columns(packed, x)
+        y = multiply_columns(packed, x, batch, columns)
         assert y.dtype == x.dtype and y.shape == (batch, p, columns) and y.is_contiguous()
         wanted, size = matrix.double() @ x.double(), matrix.double().abs() @ x.double().abs()
         assert (
             (y.double() - wanted).abs() <= 1e-6 * size + (2**-8 * wanted.abs() if x.dtype != torch.float32 else 0)
         ).all()
     with pytest.raises(ValueError, match="for a layer of"):
-        multiply_columns(packed, torch.randn(2, q + 1, 3))
+        multiply_columns(packed, torch.randn(2, q + 1, 3), 2, 3)
