@@ -131,6 +131,7 @@ class KernelLayer(nn.Module, ABC):
 
     def release(self, names: Collection[str] = ()) -> None:
         """Drop what kernels other than these keep, for graphs, too."""
+        self.__dict__.pop(registry.LAST, None)
         first = self.stored()[0]
         for layer in (self, *operators.layers_of(first)):
             layer.release_own(names)

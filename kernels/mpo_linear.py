@@ -303,9 +303,9 @@ def _cores(layer: MPOLinear) -> Iterable[torch.Tensor]:
 def _learns(layer: MPOLinear, x: torch.Tensor) -> bool:
     """Whether gradients are asked for, which what is kept has not; or another precision, which it would have to be made for."""
     core = next(iter(_cores(layer)))
-    return (
-        x.dtype != core.dtype or x.numel() == 0 or (torch.is_grad_enabled() and (x.requires_grad or core.requires_grad))
-    )
+    if torch.is_grad_enabled() and (x.requires_grad or core.requires_grad):
+        return True
+    return x.dtype != core.dtype or x.numel() == 0
 
 
 def _matrix_room(layer: MPOLinear) -> int:

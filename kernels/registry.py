@@ -38,6 +38,8 @@ class Backend:
 
 
 VARIABLE = "TENSORPRESS_KERNELS"
+LAST = "last_kernel"
+"""Of a layer: what was asked last, and the answer."""
 _backends: dict[str, dict[str, Backend]] = {}
 
 
@@ -96,9 +98,22 @@ def candidates(operation: str, layer: Any) -> list[Backend]:
 
 
 def kernel_for(operation: str, layer: Any, x: torch.Tensor) -> Kernel:
-    """What computes a layer on inputs like `x` [..., inputs]. Raises ValueError as `named`."""
-    backend = named(operation, layer)
-    return (backend or _fastest(operation, layer, x)).run
+    """What computes a layer on inputs like `x` [..., inputs]. Raises ValueError as `named`.
+
+    The last answer is kept in the layer: small products take no longer than finding it.
+    """
+    if type(x) is not torch.Tensor or torch.is_grad_enabled() or torch.jit.is_tracing():
+        return _kernel_for(operation, layer, x)
+    asked = (layer.kernel, x.shape, x.dtype, x.device, torch.get_num_threads(), os.environ.get(VARIABLE))
+    last = layer.__dict__.get(LAST)
+    if last is None or last[0] != asked:
+        last = layer.__dict__[LAST] = (asked, _kernel_for(operation, layer, x))
+    kernel: Kernel = last[1]
+    return kernel
+
+
+def _kernel_for(operation: str, layer: Any, x: torch.Tensor) -> Kernel:
+    return (named(operation, layer) or _fastest(operation, layer, x)).run
 
 
 def _fastest(operation: str, layer: Any, x: torch.Tensor) -> Backend:
