@@ -46,24 +46,6 @@ class Weights(ctypes.Structure):
     )
 
 
-class _Call(ctypes.Structure):
-    """`tp_call` of kernels/cpu/linear.h."""
-
-    _fields_ = (
-        ("weights", ctypes.POINTER(Weights)),
-        ("x", ctypes.c_void_p),
-        ("y", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("stride", ctypes.c_int64),
-        ("columns", ctypes.c_int64),
-        ("type", ctypes.c_int32),
-        ("mode", ctypes.c_int32),
-        ("out", ctypes.c_int32),
-        ("adds", ctypes.c_int32),
-        ("fill", ctypes.c_void_p),
-    )
-
-
 FILE = Path(__file__).parent / "libcpu.so.1"
 """Made by setup.py."""
 
@@ -82,7 +64,9 @@ def compiled() -> ctypes.CDLL | None:
     except OSError:
         return None
     code.tp_instructions.restype = ctypes.c_char_p
-    code.tp_linear.argtypes = [ctypes.POINTER(_Call), ctypes.c_int]
+    code.tp_product.argtypes = [
+        ctypes.POINTER(Weights), ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, *[ctypes.c_int] * 3
+    ]  # fmt: skip
     code.tp_pack.argtypes = [ctypes.POINTER(Weights), *[ctypes.c_void_p] * 4, ctypes.c_int32, ctypes.c_int]
     code.tp_read.argtypes, code.tp_read.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int], ctypes.c_uint64
     code.tp_decode.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p, ctypes.c_int]
@@ -195,12 +179,13 @@ class Packed:
 
 def multiply(weights: Weights, x: torch.Tensor, mode: int) -> torch.Tensor:
     """The product [..., outputs] of packed weights with x [..., inputs], in the dtype of x. Raises MemoryError, ValueError for other inputs."""
-    if x.shape[-1:] != (weights.inputs,):
-        raise ValueError(f"inputs of the shape {[*x.shape]} for a layer of {weights.inputs}")
-    flat = x.reshape(-1, weights.inputs)
+    inputs, shape = weights.inputs, x.shape
+    if shape[-1:] != (inputs,):
+        raise ValueError(f"inputs of the shape {[*shape]} for a layer of {inputs}")
+    flat = x if len(shape) == 2 else x.reshape(-1, inputs)
     if flat.stride(1) != 1:
         flat = flat.contiguous()
-    y = x.new_empty(*x.shape[:-1], weights.outputs)
+    y = x.new_empty((*shape[:-1], weights.outputs))
     return _multiplied(weights, flat, y, flat.shape[0], flat.stride(0), 1, mode)
 
 
@@ -215,12 +200,11 @@ def multiply_columns(weights: Weights, x: torch.Tensor, batch: int, columns: int
 def _multiplied(
     weights: Weights, x: torch.Tensor, y: torch.Tensor, rows: int, stride: int, columns: int, mode: int
 ) -> torch.Tensor:
-    call = _Call(
-        ctypes.pointer(weights), x.data_ptr(), y.data_ptr(), rows, stride, columns, TYPES[x.dtype], mode, TYPES[x.dtype], 0, None
-    )  # fmt: skip
     code = compiled()
     assert code is not None
-    if code.tp_linear(ctypes.byref(call), torch.get_num_threads()):
+    if code.tp_product(
+        ctypes.byref(weights), x.data_ptr(), y.data_ptr(), rows, stride, columns, TYPES[x.dtype], mode, torch.get_num_threads()
+    ):  # fmt: skip
         raise MemoryError(f"a linear layer of {rows} rows: no memory for its inputs")
     return y
 

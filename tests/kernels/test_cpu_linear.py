@@ -339,15 +339,12 @@ def test_nothing_behind_the_end_is_read(level, bits, seed):
                     setattr(packed.weights, name, getattr(packed, name).data_ptr())
             for rows, dtype, mode in itertools.product((1, 6, 9), (torch.float32, torch.bfloat16), (0, 1)):
                 x, y = at_the_end(torch.randn(rows, inputs).to(dtype)), at_the_end(torch.zeros(rows, 21, dtype=dtype))
-                call = cpu_linear._Call(
-                    ctypes.pointer(packed.weights), x.data_ptr(), y.data_ptr(), rows, inputs, 1, cpu_linear.TYPES[dtype], mode,
-                    cpu_linear.TYPES[dtype], 0, None,
-                )  # fmt: skip
-                assert cpu_linear.compiled().tp_linear(ctypes.byref(call), 2) == 0
+                code, kind = cpu_linear.compiled(), cpu_linear.TYPES[dtype]
+                where = ctypes.byref(packed.weights), x.data_ptr(), y.data_ptr()
+                assert code.tp_product(*where, rows, inputs, 1, kind, mode, 2) == 0
                 assert torch.equal(y, plain(x.clone(), mode))
                 if rows % 3 == 0:
-                    call.columns, call.stride = 3, 3 * inputs
-                    assert cpu_linear.compiled().tp_linear(ctypes.byref(call), 2) == 0
+                    assert code.tp_product(*where, rows, 3 * inputs, 3, kind, mode, 2) == 0
                     each = plain(x.clone().view(-1, inputs, 3).transpose(1, 2).reshape(rows, inputs), mode)
                     assert torch.equal(y.view(-1, 21, 3).transpose(1, 2), each.view(-1, 3, 21))
     finally:
