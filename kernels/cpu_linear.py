@@ -180,13 +180,14 @@ class Packed:
 def multiply(weights: Weights, x: torch.Tensor, mode: int) -> torch.Tensor:
     """The product [..., outputs] of packed weights with x [..., inputs], in the dtype of x. Raises MemoryError, ValueError for other inputs."""
     inputs, shape = weights.inputs, x.shape
-    if shape[-1:] != (inputs,):
+    if not shape or shape[-1] != inputs:
         raise ValueError(f"inputs of the shape {[*shape]} for a layer of {inputs}")
     flat = x if len(shape) == 2 else x.reshape(-1, inputs)
-    if flat.stride(1) != 1:
-        flat = flat.contiguous()
+    stride, step = flat.stride()
+    if step != 1:
+        flat, stride = flat.contiguous(), inputs
     y = x.new_empty((*shape[:-1], weights.outputs))
-    return _multiplied(weights, flat, y, flat.shape[0], flat.stride(0), 1, mode)
+    return _multiplied(weights, flat, y, flat.shape[0], stride, 1, mode)
 
 
 def multiply_columns(weights: Weights, x: torch.Tensor, batch: int, columns: int) -> torch.Tensor:

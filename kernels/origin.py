@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 import torch
 
+NOTHING = (None, -1, -1, None)
+
 
 class Origin:
     """Tensors as they are now, to be asked later whether others are the same, and nobody wrote to them. What is written through `.data` is not seen.
@@ -16,19 +18,20 @@ class Origin:
     def __init__(self, tensors: Iterable[torch.Tensor | None]):
         self.tensors = [tensor for tensor in tensors if tensor is not None]
         self.memory = [tensor.untyped_storage() for tensor in self.tensors]
-        self.marks = [(t.data_ptr(), _version(t), t.dtype, t.shape, t.stride()) for t in self.tensors]
+        self.marks = [(t, t.data_ptr(), _version(t), (t.dtype, t.shape, t.stride())) for t in self.tensors]
 
     def holds(self, tensors: Iterable[torch.Tensor | None]) -> bool:
         """Whether these are the tensors as they were. Called for every product: what is the same object is asked less."""
-        now = [tensor for tensor in tensors if tensor is not None]
-        if len(now) != len(self.marks):
-            return False
-        for tensor, own, (place, version, *form) in zip(now, self.tensors, self.marks, strict=True):
-            if tensor.data_ptr() != place or _version(tensor) != version:
+        rest = iter(self.marks)
+        for tensor in tensors:
+            if tensor is None:
+                continue
+            own, place, version, form = next(rest, NOTHING)
+            if tensor.data_ptr() != place or (0 if tensor.is_inference() else tensor._version) != version:
                 return False
-            if tensor is not own and [tensor.dtype, tensor.shape, tensor.stride()] != form:
+            if tensor is not own and (tensor.dtype, tensor.shape, tensor.stride()) != form:
                 return False
-        return True
+        return next(rest, NOTHING) is NOTHING
 
     def __reduce__(self) -> tuple[type, tuple[tuple[()]]]:
         """A copy is of nothing: what was kept of these tensors is made anew for others."""

@@ -100,11 +100,11 @@ def candidates(operation: str, layer: Any) -> list[Backend]:
 def kernel_for(operation: str, layer: Any, x: torch.Tensor) -> Kernel:
     """What computes a layer on inputs like `x` [..., inputs]. Raises ValueError as `named`.
 
-    The last answer is kept in the layer: small products take no longer than finding it.
+    The last answer is kept in the layer, until it is released: small products take no longer than finding it.
     """
     if type(x) is not torch.Tensor or torch.is_grad_enabled() or torch.jit.is_tracing():
         return _kernel_for(operation, layer, x)
-    asked = (layer.kernel, x.shape, x.dtype, x.device, torch.get_num_threads(), os.environ.get(VARIABLE))
+    asked = (layer.kernel, x.shape, x.dtype, x.device, torch.get_num_threads())
     last = layer.__dict__.get(LAST)
     if last is None or last[0] != asked:
         last = layer.__dict__[LAST] = (asked, _kernel_for(operation, layer, x))
