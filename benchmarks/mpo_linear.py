@@ -1,6 +1,6 @@
 """Matrix product operators, block-diagonal and 2:4 layers: whichever way `auto` measures to be fastest, beside the dense layer of the same precision in the same turns.
 
-    python benchmarks/mpo_linear.py --json benchmarks/results/mpo_linear.json    # minutes
+    python benchmarks/mpo_linear.py --json benchmarks/results/mpo_linear.json    # about three minutes on two cores
     python benchmarks/mpo_linear.py --quick --json out.json                       # one shape, no bars
 
 Layers keep half or a quarter of the matrix's numbers, as square sites and as a low rank (rows m, 1; columns 1, n). Copies of each take turns, so

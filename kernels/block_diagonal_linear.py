@@ -64,9 +64,9 @@ class BlockDiagonalLinear(KernelLayer):
         self.blocks, *bias = (nn.Parameter(tensor, requires_grad=False) for tensor in tensors)
         self.bias = bias[0] if bias else None
 
-    def kept(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Kept]]:
+    def kept(self, names: Collection[str] | None = None) -> Iterator[Kept]:
         if self.matrix is not None and (names is None or "matrix" in names):
-            yield "matrix", self.matrix
+            yield self.matrix
 
     def release_own(self, names: Collection[str]) -> None:
         if "matrix" not in names:

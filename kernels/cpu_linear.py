@@ -1,7 +1,8 @@
 """Quantized linear layers on the CPU in C++ (`kernels/cpu`): AVX-512, AVX2, both with VNNI where it is there, or any other processor.
 
-Two backends: `cpu` multiplies the integers with the inputs, exact up to rounding (with BF16 instructions as bf16, inputs of another precision as
-the sum of two bf16, which has 16 bits; where bytes are multiplied faster than floats as 16-bit integers, by a scale for each token and group of inputs; elsewhere as fp32); `cpu_int8` rounds the inputs to 8 bits first, with a scale for each token and group of inputs, and multiplies integers. Both read the weights in
+Two backends: `cpu` multiplies the integers with the inputs, exact up to rounding: with BF16 instructions as bf16, inputs of another precision as
+the sum of two bf16, which has 16 bits; where bytes are multiplied faster than floats as 16-bit integers, by a scale for each token and group of
+inputs; elsewhere as fp32. `cpu_int8` rounds the inputs to 8 bits in the same way, and multiplies integers. Both read the weights in
 their own layout, made once from the GPTQ layout. The work is spread over torch's own threads.
 """
 

@@ -72,8 +72,8 @@ class KernelLayer(nn.Module, ABC):
         """Take such tensors as they are for the layer's own."""
 
     @abstractmethod
-    def kept(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Kept]]:
-        """What kernels of these names, or all, keep beside the layer's own tensors, with the name of the kernel."""
+    def kept(self, names: Collection[str] | None = None) -> Iterator[Kept]:
+        """What kernels of these names, or all, keep beside the layer's own tensors."""
 
     @abstractmethod
     def release_own(self, names: Collection[str]) -> None:
@@ -119,14 +119,14 @@ class KernelLayer(nn.Module, ABC):
         stored = self.stored()
         own, found = Origin(stored), {}
         for layer in (self, *operators.layers_of(stored[0])):
-            for _, kept in layer.kept(names):
+            for kept in layer.kept(names):
                 if not own.shares(kept.data):  # a tensor by itself is only looked at differently
                     found[kept.data.data_ptr()] = kept.nbytes
         return sum(found.values())
 
     def read_bytes(self, rows: int) -> int:
         """Bytes of weights that the kernel in use reads for so many rows."""
-        used = [kept.nbytes for _, kept in self.kept([registry.in_use(self.operation, self, rows)])]
+        used = [kept.nbytes for kept in self.kept([registry.in_use(self.operation, self, rows)])]
         return used[-1] if used else sum(tensor.nbytes for tensor in self.stored())
 
     def release(self, names: Collection[str] = ()) -> None:

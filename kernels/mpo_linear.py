@@ -129,12 +129,10 @@ class MPOLinear(KernelLayer):
         self.cores = nn.ParameterList(parameters[: len(self.in_factors)])
         self.bias = parameters[-1] if len(parameters) > len(self.in_factors) else None
 
-    def kept(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Kept]]:
+    def kept(self, names: Collection[str] | None = None) -> Iterator[Kept]:
         for key, (_, made) in list(self.kept_of.items()):
-            name = key.partition(" ")[0]
-            if names is None or name in names:
-                for matrix in made.matrices if isinstance(made, Contraction) else [made]:
-                    yield name, matrix
+            if names is None or key.partition(" ")[0] in names:
+                yield from made.matrices if isinstance(made, Contraction) else [made]
 
     def read_bytes(self, rows: int) -> int:
         """Bytes of weights that the kernel in use reads for so many rows."""

@@ -148,11 +148,11 @@ class QuantizedLinear(KernelLayer):
         self.qweight, self.qzeros, self.scales, self.g_idx, *bias = tensors
         self.bias = bias[0] if bias else None
 
-    def kept(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Kept]]:
+    def kept(self, names: Collection[str] | None = None) -> Iterator[Kept]:
         if self.packed is not None and (names is None or any(name in cpu_linear.MODES for name in names)):
-            yield "cpu", self.packed
+            yield self.packed
         if self.unpacked is not None and (names is None or "unpacked" in names):
-            yield "unpacked", self.unpacked[1]
+            yield self.unpacked[1]
 
     def release_own(self, names: Collection[str]) -> None:
         if not any(name in cpu_linear.MODES for name in names):

@@ -34,7 +34,7 @@ class Backend:
     room: Callable[[Any], int]
     """Bytes that a call takes and gives back."""
     expected: Callable[[Any, torch.Tensor], float]
-    """At least so many seconds are predicted for a call; 0 where nothing is."""
+    """The seconds that are predicted for a call; 0 where nothing is."""
 
 
 VARIABLE = "TENSORPRESS_KERNELS"
@@ -124,9 +124,7 @@ def _fastest(operation: str, layer: Any, x: torch.Tensor) -> Backend:
         return _backends[operation][getattr(layer, "trained_by", "reference")]
     batch = measured.batch_of(size // x.shape[-1])
     call = (batch, x.dtype, x.device, torch.get_num_threads())
-    taken: dict[Any, str] | None = layer.__dict__.get("taken")
-    if taken is None:
-        taken = layer.__dict__.setdefault("taken", {})
+    taken: dict[Any, str] = layer.__dict__.setdefault("taken", {})
     if call not in taken:
         several = candidates(operation, layer)
         if len(several) == 1:

@@ -110,10 +110,10 @@ class SemiStructuredLinear(KernelLayer):
         self.values, self.indices, *bias = tensors
         self.bias = bias[0] if bias else None
 
-    def kept(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Kept]]:
+    def kept(self, names: Collection[str] | None = None) -> Iterator[Kept]:
         for name, made in (("cpu", self.packed), ("matrix", self.matrix)):
             if made is not None and (names is None or name in names):
-                yield name, made
+                yield made
 
     def release_own(self, names: Collection[str]) -> None:
         if "cpu" not in names:

@@ -50,7 +50,7 @@ struct tp_call {
     const void *x; // [rows][inputs], row stride in elements; or what `fill` works on
     void *y;       // [rows][outputs], contiguous
     int64_t rows, stride;
-    int64_t columns; // 1; or x is [rows / columns][inputs][columns], y [rows / columns][outputs][columns], `stride` from one matrix to the next
+    int64_t columns; // at least 1; beyond that x is [rows / columns][inputs][columns], y [rows / columns][outputs][columns], `stride` from one matrix to the next
     int32_t type, mode;
     int32_t out;  // type of y
     int32_t adds; // to y, which is fp32 then

@@ -310,7 +310,7 @@ def told(place: Path, tensorpress_run: Any) -> Callable[..., Any]:
             ended = tensorpress_run(*arguments)
         finally:
             resource.setrlimit(resource.RLIMIT_AS, limits)
-        assert time.monotonic() - start < 60  # a bound against what never ends, on a busy machine, too
+        assert time.monotonic() - start < 10
         assert ended.code in (0, 2), ended
         lines = ended.err.splitlines()
         assert bool(lines) == (ended.code == 2), ended

@@ -179,7 +179,7 @@ def test_hub_id_when_no_hub_answers(recipe, tensorpress_run, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     start = time.monotonic()
     refused(tensorpress_run("run", recipe(model={"source": "some/model"})), "some/model", "no model hub answers")
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 10
 
 
 def test_paths_outside(recipe, tensorpress_run, tmp_path_factory):

@@ -170,8 +170,8 @@ def test_it_dies_with_its_parent(faulty, tmp_path, number):
     (child,) = psutil.Process(parent.pid).children()
     assert Path(f"/proc/{child.pid}/oom_score_adj").read_text().strip() == "1000"
     parent.send_signal(number)
-    parent.wait(60)
-    _gone, alive = psutil.wait_procs([child], timeout=30)
+    parent.wait(10)
+    _gone, alive = psutil.wait_procs([child], timeout=3)
     os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
     assert not alive
 

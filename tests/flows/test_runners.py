@@ -39,23 +39,20 @@ def overlap(address: str, flow_run_id: str) -> bool:
     return any(begun < others_end and others_begun < end for begun, end, others_begun, others_end in spans)
 
 
-SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("dask", "ray")]
-
-
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kind", ["threads", *SLOW])
-def test_the_same_artifacts_side_by_side(prefect_api, recipe, tensorpress_run, monkeypatch, kind):
+def test_the_same_artifacts_side_by_side(prefect_api, recipe, tensorpress_run, monkeypatch):
     monkeypatch.setenv("PREFECT_API_URL", prefect_api)
     path = recipe(steps=STEPS, evaluate=["perplexity", "size"])
     alone = tensorpress_run("run", path, "--store", "alone", "--json", "alone.json")
     assert alone.code == 0, alone.err
-    options = ["--runner", kind, "--parallel", 3]  # the third measures the original meanwhile
-    both = tensorpress_run("run", path, "--store", kind, "--json", f"{kind}.json", *options)
-    assert both.code == 0, both.err + both.out
-    document = json.loads(Path(f"{kind}.json").read_text())
-    assert document["original"] == pytest.approx(json.loads(Path("alone.json").read_text())["original"])
-    assert digests(document) == digests(json.loads(Path("alone.json").read_text()))
-    assert overlap(prefect_api, document["flow_run_id"]), f"{kind}: one branch waited for the other"
+    for kind in ("threads", "dask", "ray"):
+        options = ["--runner", kind, "--parallel", 3]  # the third measures the original meanwhile
+        both = tensorpress_run("run", path, "--store", kind, "--json", f"{kind}.json", *options)
+        assert both.code == 0, both.err + both.out
+        document = json.loads(Path(f"{kind}.json").read_text())
+        assert document["original"] == pytest.approx(json.loads(Path("alone.json").read_text())["original"])
+        assert digests(document) == digests(json.loads(Path("alone.json").read_text()))
+        assert overlap(prefect_api, document["flow_run_id"]), f"{kind}: one branch waited for the other"
 
 
 @pytest.mark.timeout(600)

@@ -83,12 +83,17 @@ SIXTEEN = 32630.0
 """The largest integer of 16-bit inputs, which are two of 8 bits."""
 
 
+def has_integers(level, layer):
+    """Whether inputs of weight-only mode are integers of 16 bits there."""
+    return level not in ("portable", "avx512") and not (level == "avx2" and layer.bits == 8)
+
+
 def rounding(level, layer, x):
     """The most that results of weight-only mode may be off, for inputs in fp32."""
     size = sizes(layer, x)
     if level == "avx512":  # two bf16
         return 1e-5 * size
-    if level == "portable" or (level == "avx2" and layer.bits == 8):
+    if not has_integers(level, layer):
         return 1e-6 * size
     bias = 0 if layer.bias is None else layer.bias.double().abs()
     return 1e-6 * size + 0.501 * (sizes(layer, rounded_inputs(layer, x, SIXTEEN)[1]) - bias)
@@ -115,6 +120,12 @@ def test_weight_only_is_exact_up_to_rounding(level, bits, shape, seed):
     for layer, x in cases(shape, bits):
         y = registry.backends("quantized_linear")["cpu"].run(layer, x)
         close(y, oracle(layer, x), rounding(level, layer, x))
+        if has_integers(level, layer):  # not only near: the products of the integers that it says
+            rounded, steps = rounded_inputs(layer, x, SIXTEEN)
+            tie = float(
+                steps.max() / x.abs().sum(1).clamp_min(1e-3).min()
+            )  # one that is rounded the other way moves by a step
+            close(y, oracle(layer, rounded), sizes(layer, x), 5e-7 + tie)
         near = x.bfloat16().float()
         y = registry.backends("quantized_linear")["cpu"].run(layer, near)
         close(y, oracle(layer, near), 1e-6 * sizes(layer, near) if level == "avx512" else rounding(level, layer, near))
@@ -128,19 +139,6 @@ def test_eight_bit_inputs_are_exact_once_rounded(level, bits, shape, seed):
         near, _ = rounded_inputs(layer, x)
         step = x.abs().max() / 127  # a tie that is rounded the other way moves one input by one step
         close(y, oracle(layer, near), sizes(layer, x), 1e-6 + float(step / x.abs().sum(1).clamp_min(1e-3).min()))
-
-
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_sixteen_bit_inputs_are_exact_once_rounded(level, bits, shape, seed):
-    """Weight-only mode where bytes are multiplied: not only near, but the products of the integers that it says."""
-    if level in ("portable", "avx512") or (level == "avx2" and bits == 8):
-        pytest.skip("inputs are floats there")
-    for layer, x in cases(shape, bits):
-        y = registry.backends("quantized_linear")["cpu"].run(layer, x)
-        near, steps = rounded_inputs(layer, x, SIXTEEN)
-        tie = float(steps.max() / x.abs().sum(1).clamp_min(1e-3).min())  # as above
-        close(y, oracle(layer, near), sizes(layer, x), 5e-7 + tie)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
