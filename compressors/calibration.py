@@ -6,10 +6,11 @@ checkpointed after each block: a walk that is run again goes on behind the last 
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,8 @@ class BlockInputs:
     module: nn.Module
     hidden: list[torch.Tensor]
     arguments: dict[int, dict[str, Any]]
+    original: BlockInputs | None = None
+    """The block as it was, with the inputs that the blocks before it gave as they were; where the walk was asked for it."""
 
     @torch.no_grad()
     def run(self) -> Iterable[torch.Tensor]:
@@ -59,21 +62,38 @@ class BlockInputs:
 
         The block is left as soon as the layer was reached.
         """
+        for inputs in self.inputs_of(layer):
+            see(inputs)
 
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            see(args[0].detach().reshape(-1, args[0].shape[-1]))
-            raise _Stop
+    def observe_both(self, path: str, see: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
+        """The same for the layer at `path` in the block, together with what it gets in the original: see(inputs, original inputs)."""
+        assert self.original is not None
+        pairs = zip(
+            self.inputs_of(self.module.get_submodule(path)),
+            self.original.inputs_of(self.original.module.get_submodule(path)),
+            strict=True,
+        )
+        for inputs, original in pairs:
+            see(inputs, original)
 
-        handle = layer.register_forward_pre_hook(hook)
-        try:
-            with torch.no_grad():
-                for states in self.hidden:
-                    try:
-                        self.module(states, **self.arguments[len(states)])
-                    except _Stop:
-                        continue
-        finally:
-            handle.remove()
+    def inputs_of(self, layer: nn.Module) -> Iterator[torch.Tensor]:
+        """What reaches a layer of the block, batch for batch, as [tokens, features]."""
+        for states in self.hidden:
+            seen: list[torch.Tensor] = []
+
+            def hook(module: nn.Module, args: tuple[torch.Tensor, ...], seen: list[torch.Tensor] = seen) -> None:
+                seen.append(args[0].detach().reshape(-1, args[0].shape[-1]))
+                raise _Stop
+
+            handle = layer.register_forward_pre_hook(hook)
+            try:
+                with torch.no_grad():
+                    self.module(states, **self.arguments[len(states)])
+            except _Stop:
+                pass
+            finally:
+                handle.remove()
+            yield seen[0]
 
 
 def walk(
@@ -87,25 +107,31 @@ def walk(
     scratch: Path | None = None,
     batch_tokens: int = 4096,
     checkpoint_seconds: float = 60.0,
+    with_original: bool = False,
 ) -> list[LayerReport]:
     """Visit every block in order with its inputs; return what the visits report, joined.
 
     `windows`: int64 [samples, length]. `visit` may change the block in place. With `scratch`, the state after a block is
-    saved when more than `checkpoint_seconds` have passed since the last save.
+    saved when more than `checkpoint_seconds` have passed since the last save. `with_original` keeps a second stream of hidden
+    states, that of the model as it came, and a copy of one block.
     """
     batches = list(windows.to(model.device).split(max(1, batch_tokens // windows.shape[1])))
     arguments = _block_arguments(model, structure, batches)
     checkpoint = _Checkpoint(scratch, checkpoint_seconds)
-    rows, first, hidden = checkpoint.restore(model, structure)
-    if hidden is None:
+    rows, first, streams = checkpoint.restore(model, structure)
+    if streams is None:
         hidden = [_first_hidden(model, structure, batch) for batch in batches]
+        streams = [hidden, hidden] if with_original else [hidden]
     for block in structure.blocks[first:]:
         progress(what, block.index, len(structure.blocks))
-        inputs = BlockInputs(model.get_submodule(block.path), hidden, arguments[block.index])
+        module = model.get_submodule(block.path)
+        inputs = BlockInputs(module, streams[0], arguments[block.index])
+        if with_original:
+            inputs.original = BlockInputs(copy.deepcopy(module), streams[1], arguments[block.index])
         found = visit(block, inputs)
         rows += found
-        hidden = list(inputs.run())
-        checkpoint.save(model, block, found, hidden)
+        streams = [list(one.run()) for one in (inputs, inputs.original) if one is not None]
+        checkpoint.save(model, block, found, streams)
     progress(what, len(structure.blocks), len(structure.blocks))
     checkpoint.clear()
     return rows
@@ -174,7 +200,7 @@ class _Checkpoint:
 
     def restore(
         self, model: PreTrainedModel, structure: Structure
-    ) -> tuple[list[LayerReport], int, list[torch.Tensor] | None]:
+    ) -> tuple[list[LayerReport], int, list[list[torch.Tensor]] | None]:
         """What was saved last. A checkpoint that cannot be read (the disk was full) is thrown away; then StepError."""
         try:
             return self._restore(model, structure)
@@ -186,7 +212,7 @@ class _Checkpoint:
 
     def _restore(
         self, model: PreTrainedModel, structure: Structure
-    ) -> tuple[list[LayerReport], int, list[torch.Tensor] | None]:
+    ) -> tuple[list[LayerReport], int, list[list[torch.Tensor]] | None]:
         if self.folder is None or not (self.folder / "walk.json").is_file():
             return [], 0, None
         state = json.loads((self.folder / "walk.json").read_text())
@@ -201,9 +227,13 @@ class _Checkpoint:
             rows += [LayerReport(**row) for row in saved["rows"]]
         for layer in kernel_layers(model):
             layer.kernel = "reference"  # as in a walk that was not interrupted
-        return rows, state["next"], [hidden[f"{i:05d}"] for i in range(len(hidden))]
+        count = state["batches"]
+        streams = [[hidden[f"{i:05d}"] for i in range(s, s + count)] for s in range(0, len(hidden), count)]
+        return rows, state["next"], streams
 
-    def save(self, model: PreTrainedModel, block: Block, rows: list[LayerReport], hidden: list[torch.Tensor]) -> None:
+    def save(
+        self, model: PreTrainedModel, block: Block, rows: list[LayerReport], streams: list[list[torch.Tensor]]
+    ) -> None:
         if self.folder is None:
             return
         self.unsaved.append((block, rows))
@@ -212,15 +242,17 @@ class _Checkpoint:
         self.folder.mkdir(parents=True, exist_ok=True)
         for done, found in self.unsaved:
             module = model.get_submodule(done.path)
-            state = {name: tensor.detach().clone().contiguous() for name, tensor in module.state_dict().items()}
-            save_file(state, self.folder / f"block-{done.index:05d}.safetensors")
+            weights = {name: tensor.detach().clone().contiguous() for name, tensor in module.state_dict().items()}
+            save_file(weights, self.folder / f"block-{done.index:05d}.safetensors")
             _write_json(
                 self.folder / f"block-{done.index:05d}.json",
                 {"layers": layers_of(module), "rows": [vars(row) for row in found]},
             )
         name = f"hidden-{block.index:05d}.safetensors"
-        save_file({f"{i:05d}": states.contiguous() for i, states in enumerate(hidden)}, self.folder / name)
-        _write_json(self.folder / "walk.json", {"next": block.index + 1, "hidden": name})
+        hidden = [states.contiguous() for stream in streams for states in stream]
+        save_file({f"{i:05d}": states for i, states in enumerate(hidden)}, self.folder / name)
+        state = {"next": block.index + 1, "hidden": name, "batches": len(streams[0])}
+        _write_json(self.folder / "walk.json", state)
         for old in self.folder.glob("hidden-*.safetensors"):
             if old.name != name:
                 old.unlink()

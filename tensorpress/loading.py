@@ -21,6 +21,7 @@ from tensorpress.checks import check_folder, one_line, stored_in, weight_files
 from tensorpress.errors import InputError
 from tensorpress.kernels import registry
 from tensorpress.kernels.kernel_layer import KernelLayer, kernel_layers
+from tensorpress.kernels.low_rank_linear import LowRankLinear
 from tensorpress.kernels.quantized_linear import BITS
 from tensorpress.kernels.removed import RemovedAttention, RemovedLinear, RemovedNorm
 from tensorpress.specs import module_from_spec
@@ -45,7 +46,7 @@ PACKED = {torch.int32: "I32", torch.uint8: "U8"}
 """What safetensors calls the types of packed integers."""
 SMALL = 1 << 24
 """Numbers that a model may hold beside twice its weights: buffers that are made, not read."""
-REPLACED = (KernelLayer, RemovedLinear, RemovedAttention, RemovedNorm)
+REPLACED = (KernelLayer, LowRankLinear, RemovedLinear, RemovedAttention, RemovedNorm)
 
 
 def gptq_layers(model: nn.Module, config: dict[str, Any], files: list[Path]) -> dict[str, dict]:
@@ -138,7 +139,7 @@ def load(
         )
     _check_whole(folder, model, found)
     for path, module in model.named_modules():
-        if isinstance(module, KernelLayer):
+        if isinstance(module, (KernelLayer, LowRankLinear)):
             try:
                 module.check()
             except ValueError as error:

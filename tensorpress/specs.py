@@ -10,13 +10,14 @@ from torch import nn
 
 from tensorpress.errors import InputError
 from tensorpress.kernels.block_diagonal_linear import BlockDiagonalLinear
+from tensorpress.kernels.low_rank_linear import LowRankLinear
 from tensorpress.kernels.mpo_linear import MPOLinear
 from tensorpress.kernels.quantized_linear import QuantizedLinear
 from tensorpress.kernels.semi_structured_linear import SemiStructuredLinear
 from tensorpress.recipe import explain
 from tensorpress.structure import LINEAR, linear_shape, stub_from_spec
 
-FORMS = ("mpo", "gptq", "block_diagonal", "semi_structured", "removed", "removed_attention", "removed_norm")
+FORMS = ("mpo", "low_rank", "gptq", "block_diagonal", "semi_structured", "removed", "removed_attention", "removed_norm")
 Width = Annotated[StrictInt, Field(ge=1, le=2**31 - 1)]
 Widths = Annotated[list[Width], Field(min_length=1, max_length=32)]
 
@@ -40,6 +41,23 @@ class MPOSpec(Spec):
     def _sites(self) -> MPOSpec:
         if not len(self.out_factors) == len(self.in_factors) == len(self.bonds) + 1:
             raise ValueError("n output factors, n input factors and n - 1 bonds")
+        return self
+
+
+class LowRankSpec(Spec):
+    """`LowRankLinear`."""
+
+    form: Literal["low_rank"]
+    in_features: Width
+    out_features: Width
+    rank: Width
+    pivoted: StrictBool
+    bias: StrictBool
+
+    @model_validator(mode="after")
+    def _rank(self) -> LowRankSpec:
+        if self.rank >= self.out_features:
+            raise ValueError("a rank below the number of outputs")
         return self
 
 
@@ -101,8 +119,9 @@ class RemovedNormSpec(Spec):
     form: Literal["removed_norm"]
 
 
-LAYERS: dict[str, type[MPOLinear | QuantizedLinear | BlockDiagonalLinear | SemiStructuredLinear]] = {
+LAYERS: dict[str, type[MPOLinear | LowRankLinear | QuantizedLinear | BlockDiagonalLinear | SemiStructuredLinear]] = {
     "mpo": MPOLinear,
+    "low_rank": LowRankLinear,
     "gptq": QuantizedLinear,
     "block_diagonal": BlockDiagonalLinear,
     "semi_structured": SemiStructuredLinear,
@@ -111,6 +130,7 @@ LAYERS: dict[str, type[MPOLinear | QuantizedLinear | BlockDiagonalLinear | SemiS
 _checked: TypeAdapter[Any] = TypeAdapter(
     Annotated[
         MPOSpec
+        | LowRankSpec
         | GPTQSpec
         | BlockDiagonalSpec
         | SemiStructuredSpec

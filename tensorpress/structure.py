@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tensorpress.errors import InputError
 from tensorpress.kernels.kernel_layer import KernelLayer
+from tensorpress.kernels.low_rank_linear import LowRankLinear
 from tensorpress.kernels.removed import RemovedAttention, RemovedLinear, RemovedNorm
 
 if TYPE_CHECKING:
@@ -281,13 +282,14 @@ def _attention_stubs(core: str, linears: list[str], modules: dict[str, nn.Module
     first = output[0] if isinstance(output, tuple) else output
     values = len(output) if isinstance(output, tuple) else 1
     stubs = [(core, _spec(form="removed_attention", out_features=first.shape[-1], values=values))]
-    for name in linears:
+    for name in _whole(linears, modules):
         if not name.startswith(core + "."):
             stubs.append((name, _spec(form="removed", out_features=linear_shape(modules[name])[0])))
     return tuple(stubs)
 
 
 def _feed_forward_stubs(prefix: str, linears: list[str], modules: dict[str, nn.Module], calls: _Calls) -> Any:
+    linears = _whole(linears, modules)
     children = list(dict.fromkeys(prefix + name[len(prefix) :].split(".")[0] for name in linears))
     width = linear_shape(modules[linears[-1]])[0]
     if len(children) == 1 and isinstance(calls.outputs.get(children[0]), torch.Tensor):
@@ -295,6 +297,13 @@ def _feed_forward_stubs(prefix: str, linears: list[str], modules: dict[str, nn.M
     # In several parts: what lies between them then works on a width of 1.
     widths = [1] * (len(linears) - 1) + [width]
     return tuple((n, _spec(form="removed", out_features=w)) for n, w in zip(linears, widths, strict=True))
+
+
+def _whole(linears: list[str], modules: dict[str, nn.Module]) -> list[str]:
+    """The layers of low rank in place of the two that each is made of."""
+    parents = {name: name.rpartition(".")[0] for name in linears}
+    parts = {name for name, parent in parents.items() if isinstance(modules[parent], LowRankLinear)}
+    return list(dict.fromkeys(parents[name] if name in parts else name for name in linears))
 
 
 def _spec(**fields: Any) -> tuple[tuple[str, Any], ...]:

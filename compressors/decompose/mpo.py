@@ -9,99 +9,60 @@ from __future__ import annotations
 import fnmatch
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import numpy as np
-import torch
 from pydantic import Field, model_validator
 
 from tensorpress.compressors.base import Calibration, Compressor, LayerReport, Report
+from tensorpress.compressors.decompose.mpo_rows import dense_row, spectra_of
+from tensorpress.compressors.decompose.mpo_walk import Walk
+from tensorpress.compressors.decompose.site_plans import WORD, SitePlan, fit, most_sites, plans
+from tensorpress.compressors.decompose.tensor_train import capped_bonds, largest_bond
 from tensorpress.errors import InputError
-from tensorpress.kernels.mpo_linear import MPOLinear, mpo_to_matrix
 from tensorpress.structure import DENSE, Structure, find_structure, linear_shape, linear_weight, set_module
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def factors(size: int, sites: int) -> tuple[int, ...]:
-    """Split `size` into `sites` factors, as even as its primes allow, the largest in the middle.
-
-    Prime factors are dealt out from the largest, each to the smallest product so far.
-    """
-    primes, rest, divisor = [], size, 2
-    while rest > 1:
-        while rest % divisor == 0:
-            primes.append(divisor)
-            rest //= divisor
-        divisor += 1 if divisor * divisor <= rest else max(rest - divisor, 1)
-    parts = [1] * sites
-    for prime in sorted(primes, reverse=True):
-        parts[parts.index(min(parts))] *= prime
-    parts.sort()
-    return tuple(parts[::2] + parts[1::2][::-1])
-
-
-def full_bonds(rows: Sequence[int], columns: Sequence[int]) -> tuple[int, ...]:
-    """Bond dimensions at which the decomposition is exact: d_k = min(prod_{l<=k} i_l j_l, prod_{l>k} i_l j_l)."""
-    sizes = [i * j for i, j in zip(rows, columns, strict=True)]
-    return tuple(min(math.prod(sizes[:k]), math.prod(sizes[k:])) for k in range(1, len(sizes)))
-
-
-def parameters(rows: Sequence[int], columns: Sequence[int], bonds: Sequence[int]) -> int:
-    """Numbers stored by the cores: sum of d_{k-1} i_k j_k d_k."""
-    edges = (1, *bonds, 1)
-    return sum(edges[k] * i * j * edges[k + 1] for k, (i, j) in enumerate(zip(rows, columns, strict=True)))
-
-
-def capped_bonds(rows: Sequence[int], columns: Sequence[int], bond_dimension: int) -> tuple[int, ...]:
-    """Bonds min(bond_dimension, full bond)."""
-    return tuple(min(bond_dimension, full) for full in full_bonds(rows, columns))
-
-
-def largest_bond(rows: Sequence[int], columns: Sequence[int], budget: float) -> int:
-    """The largest bond dimension whose cores hold at most `budget` numbers; 0 when not even 1 does."""
-    low, high = 0, max(full_bonds(rows, columns), default=1)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if parameters(rows, columns, capped_bonds(rows, columns, middle)) <= budget:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-def decompose(
-    weight: torch.Tensor, rows: Sequence[int], columns: Sequence[int], bonds: Sequence[int]
-) -> list[torch.Tensor]:
-    """TT-SVD of weight [prod rows, prod columns] into cores [d_{k-1}, i_k, j_k, d_k], in float64.
-
-    At full bonds the product of the cores is the weight; below, its Frobenius error is the root of the sum of squares of
-    the singular values that each cut drops.
-    """
-    if len(rows) == 1:
-        return [weight.double().reshape(1, rows[0], columns[0], 1)]
-    from tensorly.decomposition import tensor_train_matrix  # half a second, only where a step decomposes
-
-    tensor = np.asarray(weight.detach().double().cpu().numpy()).reshape(*rows, *columns)
-    cores = tensor_train_matrix(tensor, [1, *bonds, 1])
-    return [torch.from_numpy(np.array(core)) for core in cores]
-
-
 class MPO(Compressor):
     """Replace linear layers of the blocks by matrix product operators; a layer that would not shrink stays dense.
 
-    Report: `error_after` is the relative Frobenius error of the weight.
+    What is minimised is set by `metric`: the error of the `weights` (plain TT-SVD), of the layer's output on calibration `inputs`, or the expected
+    `loss` of the model, which is the error of the output weighted with the Fisher information of the outputs. The last two work block by block,
+    each with the inputs that the compressed blocks before it give, and choose among site plans by that error at equal bytes.
+
+    Report: `error_after` is the relative Frobenius error of the weight for `weights`, else the relative error of the output (root of the
+    share of tr(G W H W^T) that is lost), `error_before` that of a plain TT-SVD of the same bytes.
     """
 
     use: Literal["mpo"] = "mpo"
-    keep: float | None = Field(None, gt=0, lt=1, description="share of each layer's parameters that is kept")
+    keep: float | None = Field(None, gt=0, lt=1, description="share of the layers' parameters that is kept")
     bond_dimension: int | None = Field(None, ge=1, description="largest bond dimension, instead of `keep`")
+    bytes: int | None = Field(None, ge=1, description="bytes of the layers at 16 bits, instead of `keep`")
+    perplexity_ratio: float | None = Field(
+        None, gt=1, description="largest ratio on the validation windows, instead of `keep`; causal models"
+    )
     sites: int = Field(2, ge=2, le=7, description="number of cores")
     layers: tuple[str, ...] = Field(("*",), description="which layers: patterns on their paths, such as *mlp*")
+    metric: Literal["loss", "inputs", "weights"] = Field("loss", description="what is minimised")
+    plans: Literal["auto", "low_rank", "balanced"] | None = Field(
+        None, description="splits into sites that are tried; auto, for metric: weights balanced"
+    )
+    allocation: Literal["uniform", "predicted", "measured"] | None = Field(
+        None, description="how the budget is shared: alike, by the expected loss, by a measured sensitivity profile"
+    )
+    probes: tuple[float, ...] = Field((0.1, 0.3, 0.5, 0.8), description="shares kept at which the profile is measured")
+    pivots: bool = Field(True, description="store low ranks in the fewest numbers; not for metric: weights")
+    multiple: int = Field(16, ge=1, description="bonds are multiples of it where they can be; not for metric: weights")
+    sweeps: int = Field(2, ge=0, le=20, description="of alternating least squares, for plans that need it")
+    compensation: float = Field(
+        0.5, ge=0, le=1, description="how far a layer makes up for what those before it have changed; 0 saves memory"
+    )
+    damping: float = Field(1e-3, gt=0, le=1, description="share of the mean diagonal that is added to the moments")
 
-    needs_calibration: ClassVar[bool] = False
+    needs_calibration: ClassVar[bool] = True
     may_not_follow: ClassVar[Mapping[str, str]] = {
         "gptq": "its layers are quantized; decompose first, then quantize what stays dense",
         "mpo": "its layers are decomposed already",
@@ -109,59 +70,136 @@ class MPO(Compressor):
 
     @model_validator(mode="after")
     def _one_size(self) -> MPO:
-        if (self.keep is None) == (self.bond_dimension is None):
-            raise ValueError("one of keep (a share between 0 and 1) and bond_dimension")
+        sizes = (self.keep, self.bond_dimension, self.bytes, self.perplexity_ratio)
+        if sum(size is not None for size in sizes) != 1:
+            raise ValueError("one of keep (a share between 0 and 1) and bond_dimension (or bytes, or perplexity_ratio)")
+        if self.metric == "weights":
+            for name, value in (("bytes", self.bytes), ("perplexity_ratio", self.perplexity_ratio)):
+                if value is not None:
+                    raise ValueError(f"{name} needs metric: loss or inputs")
+            if self.plans not in (None, "balanced") or self.allocation not in (None, "uniform"):
+                raise ValueError("metric: weights has balanced plans and the uniform allocation alone")
+        elif self.bond_dimension is not None and self.allocation not in (None, "uniform"):
+            raise ValueError(
+                "a bond_dimension is the same for all layers; the allocation needs keep, bytes or perplexity_ratio"
+            )
+        if not all(0 < share < 1 for share in self.probes) or not self.probes:
+            raise ValueError("probes: shares between 0 and 1")
         return self
 
     def check(self, model: PreTrainedModel, structure: Structure) -> None:
-        if not self._targets(model, structure):
+        targets = self._targets(model, structure)
+        if not targets:
             known = ", ".join(structure.blocks[0].linear_paths)
             raise InputError(f"layers: {', '.join(self.layers)} matches no dense layer; the first block has {known}")
+        if self.perplexity_ratio is not None and structure.kind != "causal":
+            raise InputError("perplexity_ratio: the model predicts no tokens; use keep or bytes")
+        shapes = {path: linear_shape(model.get_submodule(path)) for path in targets}
+        path, shape = min(shapes.items(), key=lambda item: most_sites(*item[1]))
+        if self._plans == "balanced" and self.sites > most_sites(*shape):
+            raise InputError(
+                f"sites: {self.sites} sites; {path} of {shape[0]} x {shape[1]} carries {most_sites(*shape)} at most, "
+                "each with a factor above 1"
+            )
+        if self.metric != "weights" and self.bond_dimension is None:
+            least = sum(self._cheapest(*shape) for shape in shapes.values())
+            dense = sum(WORD * m * n for m, n in shapes.values())
+            if self.perplexity_ratio is None and self.budget(dense) < least:
+                raise InputError(
+                    f"{'keep' if self.keep is not None else 'bytes'}: {self.keep or self.bytes:,} cannot be met; the smallest is "
+                    + (f"{math.ceil(1e4 * least / dense) / 1e4:g}" if self.keep is not None else f"{least:,}")
+                )
 
     def compress(self, model: PreTrainedModel, calibration: Calibration) -> tuple[PreTrainedModel, Report]:
         structure = find_structure(model)
         self.check(model, structure)
         targets = self._targets(model, structure)
-        rows = []
-        for done, path in enumerate(targets):
-            calibration.progress("mpo", done, len(targets))
-            rows.append(self._decompose(model, path))
-        calibration.progress("mpo", len(targets), len(targets))
+        found: dict[str, Any] = {}
+        if self.metric == "weights":
+            rows = self._by_weights(model, targets, calibration)
+        else:
+            rows, found = Walk(self, model, structure, targets, calibration).run()
         before, after = sum(r.parameters_before for r in rows), sum(r.parameters_after for r in rows)
         dense = sum(r.action == "dense" for r in rows)
-        summary: dict[str, Any] = {"kept": after / before, "layers": len(rows), "left_dense": dense}
-        if dense == len(rows):
-            summary["note"] = "every layer stays dense: none has a bond dimension that saves at this `keep`"
+        summary: dict[str, Any] = {"kept": after / before, "layers": len(rows), "left_dense": dense, **found}
+        notes = self._notes(model, rows, structure, calibration)
+        if notes:
+            summary["note"] = "; ".join(notes)
         return model, Report(rows, summary)
+
+    @property
+    def _plans(self) -> Literal["auto", "low_rank", "balanced"]:
+        return self.plans or ("balanced" if self.metric == "weights" else "auto")
+
+    @property
+    def way(self) -> Literal["uniform", "predicted", "measured"]:
+        """The allocation, its default resolved."""
+        plain = self.metric == "weights" or self.bond_dimension is not None
+        return self.allocation or ("uniform" if plain else "predicted")
+
+    def candidates(self, outputs: int, inputs: int) -> list[SitePlan]:
+        """The site plans that are tried for a shape."""
+        return plans(outputs, inputs, self.sites, self._plans)
+
+    def budget(self, dense: int) -> float:
+        """Bytes of all layers together, from `keep` or `bytes`; no more than the `dense` ones'."""
+        return min(float(dense), (self.keep or 1.0) * dense if self.bytes is None else float(self.bytes))
+
+    def _cheapest(self, outputs: int, inputs: int) -> int:
+        found = [plan.bytes(1, self.pivots) for plan in self.candidates(outputs, inputs)]
+        return min(*found, WORD * outputs * inputs)
 
     def _targets(self, model: PreTrainedModel, structure: Structure) -> list[str]:
         dense = [path for path in structure.linear_paths if isinstance(model.get_submodule(path), DENSE)]
         return [path for path in dense if any(fnmatch.fnmatchcase(path, pattern) for pattern in self.layers)]
 
+    def _by_weights(self, model: PreTrainedModel, targets: list[str], calibration: Calibration) -> list[LayerReport]:
+        rows = []
+        for done, path in enumerate(targets):
+            calibration.progress("mpo", done, len(targets))
+            rows.append(self._decompose(model, path))
+        calibration.progress("mpo", len(targets), len(targets))
+        return rows
+
     def _decompose(self, model: PreTrainedModel, path: str) -> LayerReport:
         start = time.monotonic()
         layer = model.get_submodule(path)
         outputs, inputs = linear_shape(layer)
-        rows, columns = factors(outputs, self.sites), factors(inputs, self.sites)
-        if self.bond_dimension is not None:
-            bond = self.bond_dimension
-        else:
-            bond = largest_bond(rows, columns, (self.keep or 0) * outputs * inputs)
-        bonds = capped_bonds(rows, columns, bond)
-        count = parameters(rows, columns, bonds)
-        report = LayerReport(
-            path, "dense", outputs * inputs, outputs * inputs, 2 * outputs * inputs, 2 * outputs * inputs
-        )
-        report.detail = {"out_factors": rows, "in_factors": columns, "bonds": bonds}
-        if bond == 0 or count >= outputs * inputs:
-            report.error_after, report.seconds = 0.0, round(time.monotonic() - start, 3)
-            return report
-        weight = linear_weight(layer).detach()
-        cores = decompose(weight, rows, columns, bonds)
-        bias = getattr(layer, "bias", None)
-        set_module(model, path, MPOLinear.from_cores([core.to(weight.dtype) for core in cores], bias).to(weight.device))
-        lost = (mpo_to_matrix(cores).to(weight.device) - weight.double()).norm() / weight.double().norm()
-        report.action, report.parameters_after, report.bytes_after = "mpo", count, 2 * count
-        report.error_before, report.error_after = 0.0, float(lost)
+        (plan,) = self.candidates(outputs, inputs)
+        bond = self.bond_dimension or largest_bond(plan.rows, plan.columns, (self.keep or 0) * outputs * inputs)
+        bonds = capped_bonds(plan.rows, plan.columns, bond)
+        report = dense_row(path, outputs, inputs)
+        report.detail |= {"plan": plan.name, "out_factors": plan.rows, "in_factors": plan.columns, "bonds": bonds}
+        if bond > 0 and plan.bytes(bond, pivoted=False) < report.bytes_before:
+            weight = linear_weight(layer).detach()
+            bias = getattr(layer, "bias", None)
+            found = fit(plan, bond, weight, bias, None, None, pivoted=False, sweeps=0, damping=self.damping)
+            set_module(model, path, found.layer)
+            report.action, report.bytes_after = "mpo", found.bytes
+            report.parameters_after = found.bytes // WORD
+            report.error_after = math.sqrt(found.loss) / max(float(weight.double().norm()), 1e-300)
+            report.detail |= spectra_of(found.cores)
         report.seconds = round(time.monotonic() - start, 3)
         return report
+
+    def _notes(
+        self, model: PreTrainedModel, rows: list[LayerReport], structure: Structure, calibration: Calibration
+    ) -> list[str]:
+        found = []
+        if all(row.action == "dense" for row in rows):
+            found.append("every layer stays dense: none has a bond dimension that saves at this size")
+        clamped = 0
+        if self.bond_dimension is not None:
+            for row in rows:
+                plan = self.candidates(*row.detail["shape"])[0]
+                clamped += self.bond_dimension > plan.full_bond
+        if clamped:
+            found.append(f"the bond dimension of {clamped} layers is their full bond, below {self.bond_dimension}")
+        widest = max(row.detail["shape"][1] for row in rows)
+        tokens = calibration.windows.numel()
+        if self.metric != "weights" and tokens < widest:
+            found.append(
+                f"calibration has {tokens} tokens, fewer than the {widest} inputs of the widest layer: what they do not show "
+                "counts by the damping alone; use more samples"
+            )
+        return found

@@ -13,8 +13,10 @@ from torch import nn
 
 from tensorpress.compressors.base import Calibration, Compressor, LayerReport, Report
 from tensorpress.compressors.calibration import BlockInputs, walk
+from tensorpress.compressors.moments import SecondMoment
 from tensorpress.errors import InputError, StepError
 from tensorpress.kernels.kernel_layer import kernel_layers
+from tensorpress.kernels.low_rank_linear import LowRankLinear
 from tensorpress.kernels.quantized_linear import QuantizedLinear
 from tensorpress.structure import DENSE, Block, Structure, find_structure, linear_shape, linear_weight, set_module
 
@@ -174,20 +176,6 @@ def output_error(weight: torch.Tensor, quantized: torch.Tensor, hessian: torch.T
     return float((((difference @ h) * difference).sum().clamp(min=0) / signal.clamp(min=1e-30)).sqrt())
 
 
-class Hessian:
-    """H = 2/N sum x x^T over all tokens x [K] seen, in float32; a running mean."""
-
-    def __init__(self, features: int, device: torch.device | str = "cpu"):
-        self.matrix = torch.zeros(features, features, device=device)
-        self.tokens = 0
-
-    def add(self, x: torch.Tensor) -> None:
-        """Add inputs [tokens, K]."""
-        self.tokens += len(x)
-        x = x.float()
-        self.matrix += ((2.0 * x.T @ x) - len(x) * self.matrix) / self.tokens
-
-
 class GPTQ(Compressor):
     """Quantize every dense linear layer of the blocks; embeddings and the head stay as they are.
 
@@ -211,6 +199,8 @@ class GPTQ(Compressor):
             raise InputError("gptq: the model has no dense linear layers left in its blocks")
         for path in dense:
             inputs = linear_shape(model.get_submodule(path))[1]
+            if self._is_factor(model, path):
+                continue
             if self.group_size != -1 and inputs % self.group_size:
                 allowed = [size for size in (16, 32, 64, 128, 256) if inputs % size == 0]
                 raise InputError(
@@ -239,6 +229,11 @@ class GPTQ(Compressor):
     def _targets(model: PreTrainedModel, structure: Structure) -> list[str]:
         return [path for path in structure.linear_paths if isinstance(model.get_submodule(path), DENSE)]
 
+    @staticmethod
+    def _is_factor(model: PreTrainedModel, path: str) -> bool:
+        """Whether a layer is one of the two that a layer of low rank is made of: groups are then as large as its width allows."""
+        return isinstance(model.get_submodule(path.rpartition(".")[0]), LowRankLinear)
+
     def _visit(self, model: PreTrainedModel, block: Block, inputs: BlockInputs) -> list[LayerReport]:
         rows = []
         for group in block.linear_groups:
@@ -246,7 +241,7 @@ class GPTQ(Compressor):
             if not paths:
                 continue
             first = model.get_submodule(paths[0])
-            hessian = Hessian(linear_shape(first)[1], linear_weight(first).device)
+            hessian = SecondMoment(linear_shape(first)[1], linear_weight(first).device, scale=2.0)
             inputs.observe(first, hessian.add)
             rows += [self._quantize(model, path, hessian.matrix) for path in paths]
         return rows
@@ -256,6 +251,8 @@ class GPTQ(Compressor):
         layer = model.get_submodule(path)
         weight = linear_weight(layer).detach().float()
         size = weight.shape[1] if self.group_size == -1 else self.group_size
+        if weight.shape[1] % size:  # a factor, whose width is a rank
+            size = next(part for part in range(size, 0, -1) if weight.shape[1] % part == 0)
         integers, scales, zeros = quantize_matrix(
             weight, hessian, self.bits, size, symmetric=self.symmetric, act_order=self.act_order, damping=self.damping
         )
@@ -286,7 +283,7 @@ class GPTQ(Compressor):
             scales.T.contiguous(),
             torch.arange(integers.shape[1], device=integers.device) // size,
             self.bits,
-            self.group_size,
+            self.group_size if self.group_size == -1 else size,
             bias,
             zero_offset=1 if self.symmetric else 0,
         )

@@ -94,7 +94,9 @@ def mixed(store, original, write_artifact):
     model = LlamaForCausalLM.from_pretrained(original)
     remove_sublayer(model, find_structure(model).blocks[1].feed_forward)
     blocks = find_structure(model).blocks
-    MPO(keep=0.5, layers=("model.layers.0.*",)).compress(model, SimpleNamespace(progress=lambda *_: None))
+    MPO(metric="weights", keep=0.5, layers=("model.layers.0.*",)).compress(
+        model, SimpleNamespace(progress=lambda *_: None)
+    )
     quantize(model, [path for block in blocks[1:] for path in block.linear_paths])
     return write_artifact(model.eval(), store, DIGEST)
 

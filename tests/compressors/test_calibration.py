@@ -231,7 +231,7 @@ def test_a_checkpoint_is_written_only_now_and_then(make_model, make_calibration,
 def test_other_layers_come_back_too(make_model, make_calibration, tmp_path):
     """A model that holds MPO layers and gaps before the walk has them after it was gone on with."""
     original, calibration = make_model("llama", num_hidden_layers=3), make_calibration()
-    MPO(keep=0.5, layers=("*up_proj",)).compress(original, calibration)
+    MPO(metric="weights", keep=0.5, layers=("*up_proj",)).compress(original, calibration)
     remove_sublayer(original, find_structure(original).blocks[0].attention)
     method, structure = GPTQ(bits=4, group_size=16), find_structure(original)
     settings = {"scratch": tmp_path / "s", "checkpoint_seconds": 0}

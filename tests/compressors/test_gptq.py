@@ -8,10 +8,10 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from tensorpress.artifact import plain_gptq, save_model
+from tensorpress.compressors.moments import SecondMoment
 from tensorpress.compressors.quantize.gptq import (
     GPTQ,
     Grid,
-    Hessian,
     dequantized,
     fit_grid,
     inverse_factor,
@@ -152,14 +152,14 @@ def test_output_error_is_that_of_the_outputs(seed):
 
 
 def test_hessian_is_the_running_mean(seed):
-    hessian, x = Hessian(13), torch.randn(101, 13)
+    hessian, x = SecondMoment(13, scale=2.0), torch.randn(101, 13)
     for part in x.split([1, 40, 0, 37, 23]):
         if len(part):
             hessian.add(part)
     expected = 2 / 101 * x.double().T @ x.double()
-    assert hessian.tokens == 101
+    assert hessian.vectors == 101
     torch.testing.assert_close(hessian.matrix.double(), expected, rtol=1e-5, atol=1e-6)
-    half = Hessian(13)
+    half = SecondMoment(13, scale=2.0)
     half.add(x.bfloat16())
     assert half.matrix.dtype == torch.float32
 
@@ -404,7 +404,7 @@ def test_only_dense_layers_are_quantized(make_model, make_calibration):
     from tensorpress.compressors.decompose.mpo import MPO
 
     model, calibration = make_model("llama"), make_calibration()
-    MPO(keep=0.5, layers=("*mlp*",)).compress(model, calibration)
+    MPO(metric="weights", keep=0.5, layers=("*mlp*",)).compress(model, calibration)
     _, report = method().compress(model, calibration)
     assert len(report.layers) == 3 * 4 and all("self_attn" in row.layer for row in report.layers)
     assert plain_gptq(model) is None

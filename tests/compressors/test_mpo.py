@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tensorpress.artifact import save_model
-from tensorpress.compressors.decompose.mpo import (
-    MPO,
+from tensorpress.compressors.decompose.mpo import MPO
+from tensorpress.compressors.decompose.tensor_train import (
     capped_bonds,
     decompose,
     factors,
@@ -186,7 +186,7 @@ def test_whole_model(make_model, make_calibration, make_ids, outputs, tmp_path, 
     weights = {path: linear_weight(model.get_submodule(path)).detach().clone() for path in paths}
     biases = {path: model.get_submodule(path).bias for path in paths}
     before = sum(p.numel() for p in model.parameters())
-    model, report = MPO(**fields).compress(model, calibration)
+    model, report = MPO(metric="weights", **fields).compress(model, calibration)
     assert [row.layer for row in report.layers] == paths and told[-1] == ("mpo", len(paths), len(paths))
     for row in report.layers:
         layer, weight = model.get_submodule(row.layer), weights[row.layer]
@@ -225,29 +225,29 @@ def test_a_model_at_nearly_full_bonds_gives_the_same_outputs(make_model, make_ca
         low = mpo_to_matrix(decompose(weight.detach(), rows, columns, (3,)))
         weight.data.copy_(low)
     before = outputs(model, ids)
-    _, report = MPO(bond_dimension=3).compress(model, make_calibration())
+    _, report = MPO(metric="weights", bond_dimension=3).compress(model, make_calibration())
     assert all(row.action == "mpo" and row.error_after < 1e-6 for row in report.layers)
     torch.testing.assert_close(outputs(model, ids), before, rtol=1e-4, atol=1e-4)
 
 
 def test_layers_that_would_not_shrink_stay_dense(make_model, make_calibration):
     model = make_model("llama", intermediate_size=29)  # a prime
-    _, report = MPO(keep=0.9).compress(model, make_calibration())
+    _, report = MPO(metric="weights", keep=0.9).compress(model, make_calibration())
     actions = {row.layer.split(".")[-1]: row.action for row in report.layers}
     assert actions["q_proj"] == "mpo"
     assert report.summary["left_dense"] == sum(row.action == "dense" for row in report.layers)
     model = make_model("llama")
-    _, report = MPO(bond_dimension=10_000).compress(model, make_calibration())
+    _, report = MPO(metric="weights", bond_dimension=10_000).compress(model, make_calibration())
     assert report.summary.pop("note").startswith("every layer stays dense")
     assert report.summary == {"kept": 1.0, "layers": 21, "left_dense": 21}
     assert not any(isinstance(module, MPOLinear) for module in model.modules())
-    _, report = MPO(keep=0.001).compress(model, make_calibration())
+    _, report = MPO(metric="weights", keep=0.001).compress(model, make_calibration())
     assert report.summary["left_dense"] == 21  # not even a bond of 1 is small enough
 
 
 def test_patterns_choose_layers(make_model, make_calibration, one_line):
     model = make_model("llama")
-    _, report = MPO(keep=0.5, layers=("*.1.mlp.*", "*q_proj")).compress(model, make_calibration())
+    _, report = MPO(metric="weights", keep=0.5, layers=("*.1.mlp.*", "*q_proj")).compress(model, make_calibration())
     assert [row.layer for row in report.layers] == [
         "model.layers.0.self_attn.q_proj",
         "model.layers.1.self_attn.q_proj",
@@ -257,13 +257,13 @@ def test_patterns_choose_layers(make_model, make_calibration, one_line):
         "model.layers.2.self_attn.q_proj",
     ]
     with pytest.raises(InputError) as caught:
-        MPO(keep=0.5, layers=("*c_attn*",)).check(model, find_structure(model))
+        MPO(metric="weights", keep=0.5, layers=("*c_attn*",)).check(model, find_structure(model))
     one_line(caught, r"layers: \*c_attn\* matches no dense layer; the first block has .*q_proj")
 
 
 def test_training_mode_dtype_and_requires_grad(make_model, make_calibration):
     model = make_model("llama").train().to(torch.bfloat16)
-    MPO(keep=0.5).compress(model, make_calibration())
+    MPO(metric="weights", keep=0.5).compress(model, make_calibration())
     layer = model.model.layers[0].mlp.up_proj
     assert isinstance(layer, MPOLinear) and layer.training
     assert all(p.dtype == torch.bfloat16 and p.requires_grad for p in layer.parameters())
@@ -275,7 +275,7 @@ def test_the_same_twice(make_model, make_calibration):
     first = make_model("gpt2")
     second = copy.deepcopy(first)
     for model in (first, second):
-        MPO(keep=0.6, sites=3).compress(model, make_calibration())
+        MPO(metric="weights", keep=0.6, sites=3).compress(model, make_calibration())
     ours, theirs = first.state_dict(), second.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -291,4 +291,4 @@ def test_the_same_twice(make_model, make_calibration):
 )  # fmt: skip
 def test_bad_fields_are_refused(fields, match):
     with pytest.raises(ValueError, match=match):
-        MPO(**fields)
+        MPO(metric="weights", **fields)

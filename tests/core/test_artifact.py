@@ -31,7 +31,7 @@ def store(tmp_path):
 @pytest.fixture
 def compressed(make_model, make_calibration):
     model, calibration = make_model("llama"), make_calibration()
-    MPO(keep=0.5, layers=("*mlp*",)).compress(model, calibration)
+    MPO(metric="weights", keep=0.5, layers=("*mlp*",)).compress(model, calibration)
     GPTQ(bits=4, group_size=16).compress(model, calibration)
     return model
 

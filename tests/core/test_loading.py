@@ -38,9 +38,11 @@ def mixed(make_model, make_calibration):
     def make(name, **changes):
         model, calibration = make_model(name, **changes), make_calibration(4, 10)
         structure = find_structure(model)
-        MPO(keep=0.6, layers=(structure.blocks[1].linear_paths[-1], structure.blocks[0].linear_paths[-2])).compress(
-            model, calibration
-        )
+        MPO(
+            metric="weights",
+            keep=0.6,
+            layers=(structure.blocks[1].linear_paths[-1], structure.blocks[0].linear_paths[-2]),
+        ).compress(model, calibration)
         remove_sublayer(model, find_structure(model).blocks[0].attention)
         remove_sublayer(model, find_structure(model).blocks[2].feed_forward)
         GPTQ(bits=3, group_size=16).compress(model, calibration)
@@ -326,7 +328,7 @@ def test_cached_decoding_of_a_loaded_artifact(make_model, make_ids, tmp_path, na
 
 @pytest.fixture
 def saved(make_model, make_calibration, tmp_path):
-    model, _ = MPO(keep=0.5).compress(make_model("llama"), make_calibration())
+    model, _ = MPO(metric="weights", keep=0.5).compress(make_model("llama"), make_calibration())
     save_model(model, tmp_path, torch.float32)
 
     def change(edit):
@@ -346,7 +348,7 @@ FIRST = "model.layers.0.mlp.up_proj"
     [
         (
             lambda q: q["layers"][FIRST].update(form="tucker"),
-            ["unknown form 'tucker'", "known: mpo, gptq, block_diagonal, semi_structured, removed"],
+            ["unknown form 'tucker'", "known: mpo, low_rank, gptq, block_diagonal, semi_structured, removed"],
         ),
         (lambda q: q.update(format_version=2), ["artifact format 2 is newer than this tensorpress reads .1."]),
         (

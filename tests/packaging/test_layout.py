@@ -240,7 +240,7 @@ from tensorpress.compressors.decompose.mpo import MPO
 from tensorpress.kernels.mpo_linear import MPOLinear
 sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **sizes))
-MPO(keep=0.5).compress(model, types.SimpleNamespace(progress=lambda *_: None))
+MPO(metric="weights", keep=0.5).compress(model, types.SimpleNamespace(progress=lambda *_: None))
 assert any(isinstance(module, MPOLinear) for module in model.modules())
 print(model(torch.tensor([[1, 2, 3]])).logits.isfinite().all().item())
 """

@@ -1,0 +1,165 @@
+"""How a matrix can be split into sites, what each split costs in bytes, and which of them gives the smallest error of the output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from tensorpress.compressors.decompose.alternating import refine
+from tensorpress.compressors.decompose.tensor_train import (
+    capped_bonds,
+    decompose,
+    factors,
+    full_bonds,
+    largest_bond,
+    parameters,
+)
+from tensorpress.compressors.decompose.weighted_low_rank import low_rank_layer, weighted_error, weighted_svd
+from tensorpress.kernels.low_rank_linear import low_rank_numbers
+from tensorpress.kernels.mpo_linear import MPOLinear, mpo_to_matrix
+
+Kind = Literal["low_rank", "balanced", "folded"]
+WORD = 2
+"""Bytes of a number as it is stored."""
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """Factor lists of the outputs and the inputs, and what they are called.
+
+    `low_rank`: rows (m, 1), columns (1, n), a product of two matrices. `balanced`: factors as even as the primes allow. `folded`: two
+    sites that split the outputs alone, rows (m / f, f), columns (1, n): a low rank of the matrix folded to m / f rows.
+    """
+
+    kind: Kind
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return "low rank" if self.kind == "low_rank" else f"{self.kind} {len(self.rows)} sites"
+
+    @property
+    def full_bond(self) -> int:
+        return max(full_bonds(self.rows, self.columns), default=1)
+
+    def bytes(self, bond: int, pivoted: bool) -> int:
+        """Bytes of the cores with bonds of at most `bond`; the bits that mark pivots included."""
+        if self.kind == "low_rank":
+            outputs, inputs = self.rows[0], self.columns[1]
+            rank = min(bond, outputs, inputs)
+            return WORD * low_rank_numbers(outputs, inputs, rank, pivoted) + (-(-outputs // 8) if pivoted else 0)
+        return WORD * parameters(self.rows, self.columns, capped_bonds(self.rows, self.columns, bond))
+
+    def largest(self, allowance: float, pivoted: bool, multiple: int = 1) -> int:
+        """The largest bond, a multiple of `multiple` where that is possible, of at most so many bytes; 0 where there is none."""
+        if self.kind != "low_rank":
+            bond = largest_bond(self.rows, self.columns, allowance / WORD)
+        else:
+            low, bond = 0, min(self.rows[0] - 1, self.columns[1])
+            while low < bond:
+                middle = (low + bond + 1) // 2
+                low, bond = (middle, bond) if self.bytes(middle, pivoted) <= allowance else (low, middle - 1)
+        return bond // multiple * multiple or bond
+
+
+def most_sites(outputs: int, inputs: int) -> int:
+    """Sites that a shape can carry without one that is 1 x 1: the prime factors of the larger supply."""
+    return max(1, *(sum(f > 1 for f in factors(size, 40)) for size in (outputs, inputs)))
+
+
+def plans(outputs: int, inputs: int, sites: int, which: Literal["auto", "balanced", "low_rank"]) -> list[SitePlan]:
+    """The plans of a family for a shape, `low_rank` first. `auto` has all kinds that the shape can carry."""
+    low_rank = SitePlan("low_rank", (outputs, 1), (1, inputs))
+    if which == "low_rank":
+        return [low_rank]
+    balanced = SitePlan("balanced", factors(outputs, sites), factors(inputs, sites))
+    if which == "balanced":
+        return [balanced]
+    found = [low_rank]
+    if sites <= most_sites(outputs, inputs):
+        found.append(balanced)
+    if outputs % 2 == 0 and outputs > 2:
+        found.append(SitePlan("folded", (outputs // 2, 2), (1, inputs)))
+    return found
+
+
+@dataclass
+class Fitted:
+    """A layer that a plan was fitted to, and how well: tr(G D H D^T) of the weight as it is stored."""
+
+    plan: SitePlan
+    bond: int
+    bytes: int
+    loss: float
+    layer: nn.Module
+    cores: list[torch.Tensor]
+
+
+def fit(
+    plan: SitePlan,
+    bond: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    inputs: torch.Tensor | None,
+    outputs: torch.Tensor | None,
+    *,
+    pivoted: bool,
+    sweeps: int,
+    damping: float,
+) -> Fitted:
+    """Fit a plan to a weight [m, n] at a bond; `inputs` and `outputs` as in `weighted_svd`.
+
+    `low_rank` is solved exactly; the others start from the TT-SVD of the weight and are refined by so many sweeps.
+    """
+    if plan.kind == "low_rank":
+        svd = weighted_svd(weight, inputs, outputs, damping)
+        left, right = svd.left[:, :bond], svd.right[:bond]
+        layer: nn.Module = low_rank_layer(left, right, bias, weight.dtype, pivoted=pivoted)
+        cores = [left.reshape(1, len(left), 1, bond), right.reshape(bond, 1, -1, 1)]
+        loss = weighted_error(weight.double() - left @ right, inputs, outputs)
+    else:
+        cores = decompose(weight, plan.rows, plan.columns, capped_bonds(plan.rows, plan.columns, bond))
+        if sweeps and (inputs is not None or outputs is not None):
+            cores, _ = refine(cores, weight, inputs, outputs, sweeps=sweeps)
+        cores = [core.to(weight.device) for core in cores]
+        loss = weighted_error(weight.double() - mpo_to_matrix(cores).double(), inputs, outputs)
+        layer = MPOLinear.from_cores([core.to(weight.dtype) for core in cores], bias)
+    return Fitted(plan, bond, plan.bytes(bond, pivoted), loss, layer.to(weight.device), cores)
+
+
+def best_fit(
+    candidates: Sequence[SitePlan],
+    allowance: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    inputs: torch.Tensor | None,
+    outputs: torch.Tensor | None,
+    *,
+    pivoted: bool,
+    sweeps: int,
+    damping: float,
+    multiple: int = 1,
+) -> tuple[Fitted | None, dict[str, float]]:
+    """The plan with the smallest loss within an allowance of bytes, and the loss of each that fits by its name.
+
+    None where none fits, or where the weight itself is no larger.
+    """
+    if allowance >= WORD * weight.numel():
+        return None, {}
+    best: Fitted | None = None
+    losses = {}
+    for plan in candidates:
+        bond = plan.largest(allowance, pivoted, multiple)
+        if bond == 0 or plan.bytes(bond, pivoted) >= WORD * weight.numel():
+            continue
+        found = fit(plan, bond, weight, bias, inputs, outputs, pivoted=pivoted, sweeps=sweeps, damping=damping)
+        losses[plan.name] = found.loss
+        if best is None or found.loss < best.loss or not math.isfinite(best.loss):
+            best = found
+    return best, losses

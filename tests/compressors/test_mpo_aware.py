@@ -1,0 +1,303 @@
+"""MPO decomposition against what layers give: budgets that hold, plans that are chosen by the error, and clear words where that cannot be."""
+
+import copy
+
+import pytest
+import torch
+
+from tensorpress.artifact import save_model
+from tensorpress.compressors.calibration import BlockInputs, walk
+from tensorpress.compressors.decompose.mpo import MPO
+from tensorpress.compressors.decompose.mpo_walk import Walk
+from tensorpress.compressors.decompose.spending import Probe, curves, scaled_by, spend
+from tensorpress.compressors.decompose.weighted_low_rank import weighted_error
+from tensorpress.compressors.moments import SecondMoment, output_moments
+from tensorpress.errors import InputError, StepError
+from tensorpress.kernels.low_rank_linear import LowRankLinear
+from tensorpress.kernels.mpo_linear import MPOLinear
+from tensorpress.loading import load
+from tensorpress.structure import find_structure, linear_weight
+
+
+def weight_bytes(layer):
+    """At 16 bits, without the bias."""
+    held = [tensor for name, tensor in layer.named_parameters() if name != "bias"]
+    return 2 * sum(tensor.numel() for tensor in held) + sum(b.numel() for b in layer.buffers())
+
+
+@pytest.mark.parametrize("metric", ["inputs", "loss"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "gemma3", "opt", "gpt_neox", "phi"])
+def test_whole_model(make_model, make_calibration, make_ids, outputs, tmp_path, name, metric):
+    model, told = make_model(name), []
+    calibration = make_calibration(12, 16, progress=lambda *what: told.append(what))
+    paths = find_structure(model).linear_paths
+    weights = {path: linear_weight(model.get_submodule(path)).detach().clone() for path in paths}
+    biases = {path: model.get_submodule(path).bias for path in paths}
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    model, report = MPO(keep=0.6, metric=metric, multiple=2).compress(model, calibration)
+    assert [row.layer for row in report.layers] == paths
+    assert told[-1][0] == "mpo" and {what for what, _, _ in told} >= {"sensitivity", "mpo"}
+    for row in report.layers:
+        layer, weight = model.get_submodule(row.layer), weights[row.layer]
+        assert row.bytes_before == 2 * weight.numel() and row.bytes_after == weight_bytes(layer)
+        if row.action == "dense":
+            assert torch.equal(linear_weight(layer), weight) and row.error_after == 0
+            continue
+        assert isinstance(layer, (LowRankLinear, MPOLinear)) and row.bytes_after < row.bytes_before
+        assert row.action == f"mpo {row.detail['plan']}" and row.detail["losses"][row.detail["plan"]] == min(
+            row.detail["losses"].values()
+        )
+        assert 0 <= row.error_after < 1 and layer.dense_weight().shape == weight.shape
+        assert (layer.bias is None) == (biases[row.layer] is None)
+        assert len(row.detail["entropies"]) == len(row.detail["bonds"])
+    before, after = (sum(getattr(row, f"bytes_{when}") for row in report.layers) for when in ("before", "after"))
+    assert 0.5 * before < after <= 0.6 * before
+    assert all(p.requires_grad == flags[name] for name, p in model.named_parameters() if name in flags)
+    ids = make_ids(2, 9)
+    expected = outputs(model, ids)
+    save_model(model, tmp_path, torch.float32)
+    torch.testing.assert_close(outputs(load(tmp_path), ids), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("fields", [{}, {"plans": "low_rank"}, {"plans": "balanced"}, {"allocation": "measured"}])
+def test_the_same_twice_and_after_a_stop(make_model, make_calibration, tmp_path, monkeypatch, fields):
+    calibration = make_calibration(12, 16)
+    first = make_model("llama")
+    second, third = copy.deepcopy(first), copy.deepcopy(first)
+    method = MPO(keep=0.6, multiple=2, **fields)
+    for model in (first, second):
+        method.compress(model, calibration)
+    states = [model.state_dict() for model in (first, second)]
+    assert states[0].keys() == states[1].keys() and all(torch.equal(states[0][n], states[1][n]) for n in states[0])
+    calibration.scratch = tmp_path / "scratch"
+    stopping, done = copy.deepcopy(third), []
+
+    def save(*arguments, **named):
+        return walk(*arguments, **named, checkpoint_seconds=0)
+
+    monkeypatch.setattr("tensorpress.compressors.decompose.mpo_walk.walk", save)
+    replace = Walk._replace
+
+    def stop(self, model, path, *rest):
+        done.append(path)
+        if len(done) == 16:
+            raise KeyboardInterrupt
+        return replace(self, model, path, *rest)
+
+    monkeypatch.setattr(Walk, "_replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        method.compress(stopping, calibration)
+    method.compress(third, calibration)
+    assert len(done) < 16 + len(find_structure(first).linear_paths)
+    found = third.state_dict()
+    assert found.keys() == states[0].keys() and all(torch.equal(states[0][n], found[n]) for n in found)
+
+
+def test_an_aware_decomposition_gives_outputs_that_are_nearer(make_model, make_calibration, outputs):
+    """At no more bytes than plain TT-SVD, and than whitened SVD without pivots, on the windows it is made for."""
+    original, calibration = make_model("llama"), make_calibration(40, 16)
+    wanted = outputs(original, calibration.windows)
+    distances = {}
+    for name, fields in {
+        "plain": {"metric": "weights", "keep": 0.6},
+        "whitened": {"metric": "inputs", "keep": 0.6, "plans": "low_rank", "pivots": False, "allocation": "uniform", "compensation": 0},
+        "ours": {"keep": 0.6, "compensation": 1.0},
+    }.items():  # fmt: skip
+        method = MPO(**fields) if name == "plain" else MPO(**fields, multiple=1)
+        model, report = method.compress(copy.deepcopy(original), calibration)
+        assert sum(r.bytes_after for r in report.layers) <= 0.6 * sum(r.bytes_before for r in report.layers)
+        distances[name] = float((outputs(model, calibration.windows) - wanted).norm())
+    assert distances["ours"] < distances["whitened"] < distances["plain"]
+
+
+def test_uniform_low_rank_without_pivots_is_whitened_svd(make_model, make_calibration):
+    """The first layers see the inputs of the original: their errors are those of the truncated SVD of W H^1/2."""
+    model, calibration = make_model("llama"), make_calibration(40, 16)
+    structure = find_structure(model)
+    seen: list[SecondMoment] = []
+    path = structure.blocks[0].linear_paths[0]
+    weight = linear_weight(model.get_submodule(path)).detach().double()
+
+    def look(block, inputs: BlockInputs):
+        if block.index == 0:
+            seen.append(SecondMoment(weight.shape[1]))
+            inputs.observe(model.get_submodule(path), seen[0].add)
+        return []
+
+    walk(model, structure, calibration.windows, look)
+    h = seen[0].matrix.double()
+    values, vectors = torch.linalg.eigh(h)
+    singular = torch.linalg.svdvals(weight @ (vectors * values.clamp(min=0).sqrt()))
+    fields = {"metric": "inputs", "plans": "low_rank", "pivots": False, "allocation": "uniform", "compensation": 0}
+    _, report = MPO(keep=0.5, multiple=1, damping=1e-9, **fields).compress(model, calibration)
+    rank = int(0.5 * weight.numel() / sum(weight.shape))
+    row = report.layers[0]
+    assert row.detail["bonds"] == [rank] and row.bytes_after == 2 * rank * sum(weight.shape)
+    expected = float((singular[rank:].square().sum() / singular.square().sum()).sqrt())
+    assert row.error_after == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "gpt2"])
+def test_predicted_losses_are_those_of_the_fisher_information(make_model, make_calibration, kind):
+    """A change of one weight costs 0.5 tr(G D H D^T): measured as a KL divergence (half a squared distance for encoders) it is of that size."""
+    model, calibration = make_model(kind), make_calibration(64, 16)
+    calibration.validation = calibration.windows
+    structure = find_structure(model)
+    paths = structure.linear_paths
+    moments = output_moments(model, structure, paths, calibration.windows.repeat(4, 1), 0)
+    assert all(torch.equal(g, g.T) or torch.allclose(g, g.T, rtol=1e-4) for g in moments.values())
+    probe = Probe(model, structure, calibration.windows)
+    seen = {}
+
+    def look(block, inputs):
+        for path in block.linear_paths:
+            seen[path] = SecondMoment(linear_weight(model.get_submodule(path)).shape[1])
+            inputs.observe(model.get_submodule(path), seen[path].add)
+        return []
+
+    walk(model, structure, calibration.windows, look)
+    before = [p.clone() for p in model.parameters()]
+    ratios = []
+    for path in paths:
+        weight = linear_weight(model.get_submodule(path)).detach()
+        change = 0.02 * weight.norm() * torch.nn.functional.normalize(torch.randn_like(weight), dim=(0, 1))
+        expected = 0.5 * weighted_error(change, seen[path].matrix, moments[path])
+        ratios.append(probe.loss(path, weight + change) / expected)
+    assert 0.6 < torch.tensor(ratios).median() < 1.6
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_curves_menus_and_what_was_measured(make_model, make_calibration):
+    model, calibration = make_model("llama"), make_calibration(20, 16)
+    structure = find_structure(model)
+    moments = output_moments(model, structure, structure.linear_paths, calibration.windows, 0)
+    found = curves(
+        model, structure, structure.linear_paths, calibration, moments, pivoted=True, multiple=2, damping=1e-3, probes=(0.3, 0.8)
+    )  # fmt: skip
+    dense = {path: 2.0 * linear_weight(model.get_submodule(path)).numel() for path in found}
+    for path, curve in found.items():
+        assert (curve.losses[:-1] >= curve.losses[1:]).all() and curve.losses[-1] == 0
+        assert (curve.costs[:-1] < curve.costs[1:]).all() and curve.costs[-1] == dense[path]
+        assert set(curve.measured) == {0.3, 0.8} and curve.measured[0.3] >= 0
+        told = scaled_by(curve, dense[path])
+        for share in (0.3, 0.8):
+            wanted = max(curve.measured[share], 1e-3 * curve.at(share * dense[path]))
+            assert told.at(share * dense[path]) == pytest.approx(wanted, rel=0.35)
+        assert (told.losses[:-1] >= told.losses[1:]).all()
+    budget = 0.5 * sum(dense.values())
+    spent = spend(found, budget)
+    assert sum(spent.values()) <= budget and set(spent) == set(dense)
+    with pytest.raises(ValueError, match="at least"):
+        spend(found, 1)
+
+
+@pytest.mark.parametrize("way", ["predicted", "measured", "uniform"])
+def test_budgets_in_bytes(make_model, make_calibration, way):
+    model = make_model("llama")
+    dense = sum(2 * linear_weight(model.get_submodule(p)).numel() for p in find_structure(model).linear_paths)
+    _, report = MPO(bytes=int(0.45 * dense), allocation=way, multiple=1).compress(model, make_calibration(12, 16))
+    assert 0.38 * dense < sum(row.bytes_after for row in report.layers) <= 0.45 * dense
+    assert ("profile" in report.summary) == (way == "measured")
+    assert sum(report.summary["plans"].values()) == len(report.layers)
+
+
+def test_a_perplexity_ratio_is_kept(make_model, make_calibration):
+    model = make_model("llama")
+    calibration = make_calibration(12, 16)
+    calibration.original = lambda: copy.deepcopy(model)
+    twin = copy.deepcopy(model)
+    twin, report = MPO(perplexity_ratio=1.002, multiple=1).compress(twin, calibration)
+    assert report.summary["validation_perplexity_ratio"] <= 1.002
+    walker = Walk(MPO(keep=0.5), model, find_structure(model), find_structure(model).linear_paths, calibration)
+    assert walker._perplexity(twin) / walker._perplexity(model) == pytest.approx(
+        report.summary["validation_perplexity_ratio"], rel=1e-5
+    )
+    assert report.summary["kept"] < 1
+    with pytest.raises(InputError, match="perplexity_ratio: the model predicts no tokens"):
+        MPO(perplexity_ratio=1.1).compress(make_model("bert"), calibration)
+
+
+def test_a_bond_dimension_is_clamped_and_said(make_model, make_calibration):
+    _, report = MPO(bond_dimension=1000).compress(make_model("llama"), make_calibration(12, 16))
+    assert "the bond dimension of 21 layers is their full bond, below 1000" in report.summary["note"]
+    assert report.summary["left_dense"] == 21
+    _, report = MPO(bond_dimension=5, plans="low_rank", multiple=1).compress(
+        make_model("llama"), make_calibration(12, 16)
+    )
+    assert all(row.detail["bonds"] == [5] for row in report.layers)
+
+
+def test_few_tokens_are_said(make_model, make_calibration):
+    model, report = MPO(keep=0.5, multiple=1).compress(make_model("llama"), make_calibration(2, 12))
+    assert "calibration has 24 tokens, fewer than the 48 inputs of the widest layer" in report.summary["note"]
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_inputs_that_are_never_anything_but_zero(make_model, make_calibration, make_ids, outputs):
+    model = make_model("llama")
+    model.model.layers[1].input_layernorm.weight.data.zero_()
+    model, _ = MPO(keep=0.5, multiple=1).compress(model, make_calibration(12, 16))
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert torch.isfinite(outputs(model, make_ids(1, 5))).all()
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"keep": 0.0001}, r"keep: 0\.0001 cannot be met; the smallest is 0\.\d+"),
+        ({"bytes": 10}, r"bytes: 10 cannot be met; the smallest is [\d,]+"),
+        ({"keep": 0.5, "plans": "balanced", "sites": 7}, r"sites: 7 sites; .* of 32 x 32 carries 5 at most"),
+        ({"keep": 0.5, "metric": "weights", "sites": 7}, r"sites: 7 sites; .* of 32 x 32 carries 5 at most"),
+        ({"keep": 0.5, "layers": ("*nothing*",)}, r"layers: \*nothing\* matches no dense layer"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_any_work(make_model, one_line, fields, match):
+    model = make_model("llama")
+    with pytest.raises(InputError) as caught:
+        MPO(**fields).check(model, find_structure(model))
+    one_line(caught, match)
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"keep": 0.5, "bytes": 3}, "one of keep"), ({"perplexity_ratio": 1.0}, "perplexity_ratio"),
+        ({"bytes": 100, "metric": "weights"}, "bytes needs metric"),
+        ({"keep": 0.5, "metric": "weights", "plans": "low_rank"}, "balanced plans and the uniform allocation"),
+        ({"keep": 0.5, "metric": "weights", "allocation": "measured"}, "balanced plans and the uniform allocation"),
+        ({"bond_dimension": 4, "allocation": "predicted"}, "a bond_dimension is the same for all layers"),
+        ({"keep": 0.5, "probes": [0.5, 1.0]}, "probes: shares between 0 and 1"), ({"keep": 0.5, "probes": []}, "probes"),
+        ({"keep": 0.5, "compensation": 2}, "compensation"), ({"keep": 0.5, "metric": "output"}, "metric"),
+    ],
+)  # fmt: skip
+def test_bad_fields_are_refused(fields, match):
+    with pytest.raises(ValueError, match=match):
+        MPO(**fields)
+
+
+def test_gradients_that_are_not_finite(make_model, make_calibration):
+    model = make_model("llama")
+    model.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(StepError, match="outputs are not finite"):
+        MPO(keep=0.5).compress(model, make_calibration())
+
+
+def test_the_walk_hands_out_the_original_stream(make_model, make_ids):
+    """Of blocks that are changed, the inputs of the original stay those that the unchanged model has."""
+    model, ids = make_model("llama"), make_ids(4, 8)
+    structure = find_structure(model)
+    with torch.no_grad():
+        states = model(input_ids=ids, output_hidden_states=True).hidden_states
+    seen, path = [], "mlp.up_proj"
+
+    def visit(block, inputs):
+        seen.append(torch.cat(inputs.original.hidden))
+        own, original = [], []
+        inputs.observe_both(path, lambda x, y: (own.append(x), original.append(y)))
+        assert torch.equal(torch.cat(own), torch.cat(original)) == (block.index == 0)
+        linear_weight(model.get_submodule(f"{block.path}.{path}")).data.mul_(0.5)
+        return []
+
+    walk(model, structure, ids, visit, with_original=True, batch_tokens=16)
+    for index, stream in enumerate(seen):
+        torch.testing.assert_close(stream, states[index], rtol=1e-5, atol=1e-5)
