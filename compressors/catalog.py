@@ -7,5 +7,14 @@ from tensorpress.compressors.decompose.mpo import MPO
 from tensorpress.compressors.prune.finercut import FinerCut
 from tensorpress.compressors.quantize.gptq import GPTQ
 from tensorpress.compressors.recover.distill import Distill
+from tensorpress.compressors.recover.mpo_tune import MPOTune
+from tensorpress.compressors.recover.squeeze import Squeeze
 
-METHODS: dict[str, type[Compressor]] = {"mpo": MPO, "finercut": FinerCut, "distill": Distill, "gptq": GPTQ}
+METHODS: dict[str, type[Compressor]] = {
+    "mpo": MPO,
+    "finercut": FinerCut,
+    "distill": Distill,
+    "mpo_tune": MPOTune,
+    "squeeze": Squeeze,
+    "gptq": GPTQ,
+}

@@ -96,10 +96,7 @@ class Walk:
         except ValueError:
             least = sum(float(curve.costs.min()) for curve in found.values())
             share = math.ceil(1e4 * least / self.dense_bytes) / 1e4
-            raise InputError(
-                f"mpo: the budget cannot be met with bonds of {self.config.multiple} and more; the smallest is keep {share:g}, or try a "
-                "smaller `multiple`"
-            ) from None
+            raise InputError(f"mpo: the budget cannot be met; the smallest is keep {share:g}") from None
 
     def _budget_for(self, ratio: float, found: dict[str, Curve]) -> tuple[float, float]:
         """The smallest budget, to a hundredth, whose model keeps the ratio on the validation windows; and that ratio.

@@ -45,11 +45,12 @@ class Curve:
 
 
 def curve_of(svd: WeightedSVD, in_nats: bool, *, pivoted: bool, multiple: int) -> Curve:
-    """The low-rank curve of a weight from its decomposition, at bonds that are multiples of `multiple`."""
+    """The low-rank curve of a weight from its decomposition, at bonds that are multiples of `multiple`, and powers of two below it."""
     m, n = len(svd.left), svd.right.shape[1]
     losses = 0.5 * svd.losses if in_nats else svd.losses / svd.losses[0].clamp(min=1e-300)
     plan = SitePlan("low_rank", (m, 1), (1, n))
-    bonds = [bond for bond in range(multiple, min(m, n + 1), multiple) if plan.bytes(bond, pivoted) < WORD * m * n]
+    steps = [*(2**k for k in range(31) if 2**k < multiple), *range(multiple, min(m, n + 1), multiple)]
+    bonds = [bond for bond in steps if bond < min(m, n + 1) and plan.bytes(bond, pivoted) < WORD * m * n]
     bonds = bonds or [1]
     costs = [plan.bytes(bond, pivoted) for bond in bonds] + [WORD * m * n]
     return Curve(bonds, np.array(costs, float), np.array([*(float(losses[bond]) for bond in bonds), 0.0]))

@@ -56,6 +56,7 @@ class Distill(Compressor):
     Report: one row, `error_before` and `error_after` the validation loss before and after.
     """
 
+    action: ClassVar[str] = "distilled"
     use: Literal["distill"] = "distill"
     tokens: int | None = Field(None, ge=1, description="training tokens")
     minutes: float | None = Field(None, gt=0, description="training time, instead of `tokens`; not reproducible")
@@ -82,12 +83,16 @@ class Distill(Compressor):
 
     def check(self, model: PreTrainedModel, structure: Structure) -> None:
         if any(isinstance(module, QuantizedLinear) for module in model.modules()):
-            raise InputError("distill: quantized weights cannot be trained; put it before the quantization")
+            raise InputError(f"{self.use}: quantized weights cannot be trained; put it before the quantization")
         if any(isinstance(module, SemiStructuredLinear) for module in model.modules()):
-            raise InputError("distill: packed 2:4 weights cannot be trained")
+            raise InputError(f"{self.use}: packed 2:4 weights cannot be trained")
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if self.length is not None and limit is not None and self.length > limit:
-            raise InputError(f"distill: length {self.length} is more than the model's {limit} positions")
+            raise InputError(f"{self.use}: length {self.length} is more than the model's {limit} positions")
+
+    def trained(self, model: PreTrainedModel) -> list[nn.Parameter]:
+        """What is trained: every floating parameter, a tied one once."""
+        return [p for p in model.parameters() if p.is_floating_point()]
 
     def compress(self, model: PreTrainedModel, calibration: Calibration) -> tuple[PreTrainedModel, Report]:
         start = time.monotonic()
@@ -96,7 +101,7 @@ class Distill(Compressor):
         training = _Training(self, model, structure, calibration)
         stored = {p.dtype for p in model.parameters() if p.is_floating_point()}
         before = training.validation_loss() if stored != {torch.float32} else None
-        with _masters(model) as parameters:
+        with _masters(model, self.trained(model)) as parameters:
             initial = [] if before is None else [p.detach().clone() for p in parameters]
             training.run(parameters)
         after = training.best
@@ -110,7 +115,7 @@ class Distill(Compressor):
         size = sum(p.numel() for p in model.parameters())
         row = LayerReport(
             layer="model",
-            action="distilled" if training.best_step else "unchanged",
+            action=self.action if training.best_step else "unchanged",
             parameters_before=size,
             parameters_after=size,
             bytes_before=2 * size,
@@ -274,13 +279,14 @@ class _Training:
 
 
 @contextmanager
-def _masters(model: PreTrainedModel) -> Iterator[list[nn.Parameter]]:
-    """All floating parameters in float32 and with gradients; afterwards dtypes, flags and kernels are as they were.
+def _masters(model: PreTrainedModel, trained: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """All floating parameters in float32, those to be trained with gradients; afterwards dtypes, flags and kernels are as they were.
 
     Compressed layers are computed by the kernel that has gradients meanwhile. A tied weight is one parameter.
     """
     parameters = [p for p in model.parameters() if p.is_floating_point()]
     before = [(p.dtype, p.requires_grad) for p in parameters]
+    chosen = {id(p) for p in trained}
     kernels = [(layer, layer.kernel) for layer in kernel_layers(model)]
     was_training = model.training
     model.eval()
@@ -288,9 +294,9 @@ def _masters(model: PreTrainedModel) -> Iterator[list[nn.Parameter]]:
         layer.kernel = layer.trained_by
     for parameter in parameters:
         parameter.data = parameter.data.float()
-        parameter.requires_grad_(True)
+        parameter.requires_grad_(id(parameter) in chosen)
     try:
-        yield parameters
+        yield trained
     finally:
         for parameter, (dtype, flag) in zip(parameters, before, strict=True):
             parameter.grad = None
