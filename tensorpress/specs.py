@@ -10,14 +10,26 @@ from torch import nn
 
 from tensorpress.errors import InputError
 from tensorpress.kernels.block_diagonal_linear import BlockDiagonalLinear
+from tensorpress.kernels.kernel_layer import KernelLayer
 from tensorpress.kernels.low_rank_linear import LowRankLinear
 from tensorpress.kernels.mpo_linear import MPOLinear
+from tensorpress.kernels.pivoted_mpo_linear import PivotedMPOLinear
 from tensorpress.kernels.quantized_linear import QuantizedLinear
 from tensorpress.kernels.semi_structured_linear import SemiStructuredLinear
 from tensorpress.recipe import explain
 from tensorpress.structure import LINEAR, linear_shape, stub_from_spec
 
-FORMS = ("mpo", "low_rank", "gptq", "block_diagonal", "semi_structured", "removed", "removed_attention", "removed_norm")
+FORMS = (
+    "mpo",
+    "pivoted_mpo",
+    "low_rank",
+    "gptq",
+    "block_diagonal",
+    "semi_structured",
+    "removed",
+    "removed_attention",
+    "removed_norm",
+)
 Width = Annotated[StrictInt, Field(ge=1, le=2**31 - 1)]
 Widths = Annotated[list[Width], Field(min_length=1, max_length=32)]
 
@@ -29,9 +41,9 @@ class Spec(BaseModel):
 
 
 class MPOSpec(Spec):
-    """`MPOLinear`."""
+    """`MPOLinear`, `PivotedMPOLinear`."""
 
-    form: Literal["mpo"]
+    form: Literal["mpo", "pivoted_mpo"]
     out_factors: Widths
     in_factors: Widths
     bonds: Annotated[list[Width], Field(max_length=31)]
@@ -41,6 +53,11 @@ class MPOSpec(Spec):
     def _sites(self) -> MPOSpec:
         if not len(self.out_factors) == len(self.in_factors) == len(self.bonds) + 1:
             raise ValueError("n output factors, n input factors and n - 1 bonds")
+        if self.form == "pivoted_mpo":
+            edges = (1, *self.bonds)
+            sites = list(zip(edges, self.out_factors, self.in_factors, strict=True))[:-1]
+            if not sites or any(bond > math.prod(site) for bond, site in zip(self.bonds, sites, strict=True)):
+                raise ValueError("two sites or more, and no bond above the rows of its core")
         return self
 
 
@@ -119,8 +136,9 @@ class RemovedNormSpec(Spec):
     form: Literal["removed_norm"]
 
 
-LAYERS: dict[str, type[MPOLinear | LowRankLinear | QuantizedLinear | BlockDiagonalLinear | SemiStructuredLinear]] = {
+LAYERS: dict[str, type[KernelLayer | LowRankLinear]] = {
     "mpo": MPOLinear,
+    "pivoted_mpo": PivotedMPOLinear,
     "low_rank": LowRankLinear,
     "gptq": QuantizedLinear,
     "block_diagonal": BlockDiagonalLinear,
@@ -166,7 +184,7 @@ def module_from_spec(spec: Any, path: str = "", replaced: nn.Module | None = Non
 def _check_shape(where: str, spec: dict[str, Any], replaced: nn.Module) -> None:
     if not isinstance(replaced, LINEAR):
         raise InputError(f"{where}: stands for a {type(replaced).__name__}, which is no linear layer")
-    if spec["form"] == "mpo":
+    if "out_factors" in spec:
         shape = math.prod(spec["out_factors"]), math.prod(spec["in_factors"])
     else:
         shape = spec["out_features"], spec["in_features"]

@@ -13,19 +13,22 @@ from torch import nn
 from tensorpress.compressors.decompose.alternating import refine
 from tensorpress.compressors.decompose.tensor_train import (
     capped_bonds,
-    decompose,
     factors,
     full_bonds,
-    largest_bond,
+    least_numbers,
     parameters,
 )
 from tensorpress.compressors.decompose.weighted_low_rank import low_rank_layer, weighted_error, weighted_svd
+from tensorpress.compressors.decompose.weighted_tt_svd import weighted_tt_svd
 from tensorpress.kernels.low_rank_linear import low_rank_numbers
 from tensorpress.kernels.mpo_linear import MPOLinear, mpo_to_matrix
+from tensorpress.kernels.pivoted_mpo_linear import PivotedMPOLinear
 
 Kind = Literal["low_rank", "balanced", "folded"]
 WORD = 2
 """Bytes of a number as it is stored."""
+HOPELESS = 4.0
+"""A plan that begins with so many times the loss of the best one so far is not refined: sweeps gain two or three times."""
 
 
 @dataclass(frozen=True)
@@ -54,17 +57,19 @@ class SitePlan:
             outputs, inputs = self.rows[0], self.columns[1]
             rank = min(bond, outputs, inputs)
             return WORD * low_rank_numbers(outputs, inputs, rank, pivoted) + (-(-outputs // 8) if pivoted else 0)
-        return WORD * parameters(self.rows, self.columns, capped_bonds(self.rows, self.columns, bond))
+        bonds = capped_bonds(self.rows, self.columns, bond)
+        if not pivoted:
+            return WORD * parameters(self.rows, self.columns, bonds)
+        sites = zip((1, *bonds), self.rows, self.columns, strict=True)
+        bits = [left * i * j for left, i, j in sites][:-1]
+        return WORD * least_numbers(self.rows, self.columns, bonds) + sum(-(-count // 8) for count in bits)
 
     def largest(self, allowance: float, pivoted: bool, multiple: int = 1) -> int:
         """The largest bond, a multiple of `multiple` where that is possible, of at most so many bytes; 0 where there is none."""
-        if self.kind != "low_rank":
-            bond = largest_bond(self.rows, self.columns, allowance / WORD)
-        else:
-            low, bond = 0, min(self.rows[0] - 1, self.columns[1])
-            while low < bond:
-                middle = (low + bond + 1) // 2
-                low, bond = (middle, bond) if self.bytes(middle, pivoted) <= allowance else (low, middle - 1)
+        low, bond = 0, self.full_bond if self.kind != "low_rank" else min(self.rows[0] - 1, self.columns[1])
+        while low < bond:
+            middle = (low + bond + 1) // 2
+            low, bond = (middle, bond) if self.bytes(middle, pivoted) <= allowance else (low, middle - 1)
         return bond // multiple * multiple or bond
 
 
@@ -112,10 +117,12 @@ def fit(
     pivoted: bool,
     sweeps: int,
     damping: float,
+    limit: float = math.inf,
 ) -> Fitted:
     """Fit a plan to a weight [m, n] at a bond; `inputs` and `outputs` as in `weighted_svd`.
 
-    `low_rank` is solved exactly; the others start from the TT-SVD of the weight and are refined by so many sweeps.
+    `low_rank` is solved exactly; the others start from a weighted TT-SVD and are refined by so many sweeps, unless their loss is then above
+    `limit`, from where it would not come down far enough.
     """
     if plan.kind == "low_rank":
         svd = weighted_svd(weight, inputs, outputs, damping)
@@ -124,13 +131,23 @@ def fit(
         cores = [left.reshape(1, len(left), 1, bond), right.reshape(bond, 1, -1, 1)]
         loss = weighted_error(weight.double() - left @ right, inputs, outputs)
     else:
-        cores = decompose(weight, plan.rows, plan.columns, capped_bonds(plan.rows, plan.columns, bond))
-        if sweeps and (inputs is not None or outputs is not None):
+        bonds = capped_bonds(plan.rows, plan.columns, bond)
+        cores = weighted_tt_svd(weight, plan.rows, plan.columns, bonds, inputs, outputs)
+        loss = weighted_error(weight.double() - mpo_to_matrix(cores), inputs, outputs)
+        if sweeps and loss <= limit and (inputs is not None or outputs is not None):
             cores, _ = refine(cores, weight, inputs, outputs, sweeps=sweeps)
-        cores = [core.to(weight.device) for core in cores]
-        loss = weighted_error(weight.double() - mpo_to_matrix(cores).double(), inputs, outputs)
-        layer = MPOLinear.from_cores([core.to(weight.dtype) for core in cores], bias)
+            loss = weighted_error(weight.double() - mpo_to_matrix(cores).double(), inputs, outputs)
+        layer = mpo_layer(cores, bias, weight.dtype, pivoted=pivoted)
     return Fitted(plan, bond, plan.bytes(bond, pivoted), loss, layer.to(weight.device), cores)
+
+
+def mpo_layer(
+    cores: Sequence[torch.Tensor], bias: torch.Tensor | None, dtype: torch.dtype, *, pivoted: bool
+) -> MPOLinear | PivotedMPOLinear:
+    """The layer of cores in a precision; with pivots in the fewest numbers."""
+    if pivoted:
+        return PivotedMPOLinear.from_cores(cores, bias, dtype)
+    return MPOLinear.from_cores([core.to(dtype) for core in cores], bias)
 
 
 def best_fit(
@@ -158,7 +175,10 @@ def best_fit(
         bond = plan.largest(allowance, pivoted, multiple)
         if bond == 0 or plan.bytes(bond, pivoted) >= WORD * weight.numel():
             continue
-        found = fit(plan, bond, weight, bias, inputs, outputs, pivoted=pivoted, sweeps=sweeps, damping=damping)
+        limit = math.inf if best is None else HOPELESS * best.loss
+        found = fit(
+            plan, bond, weight, bias, inputs, outputs, pivoted=pivoted, sweeps=sweeps, damping=damping, limit=limit
+        )
         losses[plan.name] = found.loss
         if best is None or found.loss < best.loss or not math.isfinite(best.loss):
             best = found

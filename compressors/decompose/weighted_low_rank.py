@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from tensorpress.kernels.low_rank_linear import LowRankLinear
+from tensorpress.kernels.pivoted_mpo_linear import pivot_rows
 
 DAMPING = 1e-3
 """Share of the mean diagonal that is added to the second moment of the outputs' gradients, which is singular where few were seen."""
@@ -121,27 +122,6 @@ def weighted_error(
     right = weighted_by(d, None if inputs is None else inputs.double())
     left = d.T if outputs is None else weighted_by(d.T, outputs.double())
     return float((left * right.T).sum().clamp(min=0))
-
-
-def pivot_rows(left: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of left [m, r] that span the others: a mask [m] of r pivots, and C [m - r, r] with left[~mask] = C left[mask].
-
-    By Gaussian elimination with pivots. Raises ValueError where the rank of `left` is below r.
-    """
-    outputs, rank = left.shape
-    packed, swaps, _ = torch.linalg.lu_factor_ex(left.double())
-    permutation, lower, upper = torch.lu_unpack(packed, swaps)
-    if not bool((upper.diagonal().abs() > 1e-300).all()):
-        raise ValueError(f"the left factor has a rank below {rank}")
-    order = permutation.T.argmax(1)
-    mask = torch.zeros(outputs, dtype=torch.bool, device=left.device)
-    mask[order[:rank]] = True
-    below = torch.linalg.solve_triangular(lower[:rank], lower[rank:], upper=False, left=False, unitriangular=True)
-    ranks = mask.cumsum(0) - 1  # the pivots in the order of the outputs
-    coefficients = below.new_zeros(outputs - rank, rank)
-    others = (~mask).cumsum(0) - 1
-    coefficients[others[order[rank:], None], ranks[order[:rank]][None]] = below
-    return mask, coefficients
 
 
 def low_rank_layer(

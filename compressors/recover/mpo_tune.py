@@ -14,13 +14,14 @@ from tensorpress.compressors.base import Calibration, Report
 from tensorpress.compressors.recover.distill import Distill
 from tensorpress.errors import InputError
 from tensorpress.kernels.mpo_linear import MPOLinear
+from tensorpress.kernels.pivoted_mpo_linear import PivotedMPOLinear
 from tensorpress.structure import Structure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def central_core(layer: MPOLinear) -> int:
+def central_core(layer: MPOLinear | PivotedMPOLinear) -> int:
     """The place of the core in the middle; of the two in the middle of an even number, that with more numbers."""
     sites = len(layer.cores)
     if sites % 2:
@@ -66,5 +67,6 @@ class MPOTune(Distill):
         return model, report
 
 
-def _layers(model: nn.Module) -> list[MPOLinear]:
-    return [module for module in model.modules() if isinstance(module, MPOLinear) and len(module.cores) > 2]
+def _layers(model: nn.Module) -> list[MPOLinear | PivotedMPOLinear]:
+    kinds = (MPOLinear, PivotedMPOLinear)
+    return [module for module in model.modules() if isinstance(module, kinds) and len(module.cores) > 2]

@@ -16,19 +16,20 @@ from pydantic import Field
 from torch import nn
 
 from tensorpress.compressors.base import Calibration, Compressor, LayerReport, Report
-from tensorpress.compressors.decompose.site_plans import WORD
-from tensorpress.compressors.decompose.tensor_train import bond_spectra, rounded
+from tensorpress.compressors.decompose.site_plans import WORD, mpo_layer
+from tensorpress.compressors.decompose.tensor_train import bond_spectra, least_numbers, parameters, rounded
 from tensorpress.compressors.decompose.weighted_low_rank import low_rank_layer
 from tensorpress.compressors.recover.distill import Distill
 from tensorpress.errors import InputError
 from tensorpress.kernels.low_rank_linear import LowRankLinear
 from tensorpress.kernels.mpo_linear import MPOLinear
+from tensorpress.kernels.pivoted_mpo_linear import PivotedMPOLinear
 from tensorpress.structure import Structure, set_module
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Squeezable = MPOLinear | LowRankLinear
+Squeezable = MPOLinear | PivotedMPOLinear | LowRankLinear
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,7 @@ def squeezable(model: nn.Module) -> dict[str, Squeezable]:
         plain = isinstance(module, LowRankLinear) and all(
             isinstance(f, nn.Linear) for f in (module.inner, module.outer)
         )
-        if plain or (isinstance(module, MPOLinear) and len(module.cores) > 1):
+        if plain or (isinstance(module, (MPOLinear, PivotedMPOLinear)) and len(module.cores) > 1):
             found[path] = module  # type: ignore[assignment]
     return found
 
@@ -230,6 +231,8 @@ def cores_of(layer: Squeezable) -> list[torch.Tensor]:
     """The cores [d_{k-1}, i_k, j_k, d_k] of a decomposed layer; of a low rank, those of the plan (m, 1) x (1, n)."""
     if isinstance(layer, MPOLinear):
         return [core.detach() for core in layer.cores]
+    if isinstance(layer, PivotedMPOLinear):
+        return [core.detach() for core in layer.full_cores()]
     inner, outer = layer.inner.weight.detach(), layer.outer.weight.detach()
     if layer.pivots is not None:
         outer = torch.cat((torch.eye(layer.rank, dtype=outer.dtype, device=outer.device), outer))[layer.order()]
@@ -239,9 +242,8 @@ def cores_of(layer: Squeezable) -> list[torch.Tensor]:
 
 def layer_of(like: Squeezable, cores: list[torch.Tensor]) -> Squeezable:
     """A layer of the same kind with other cores, in the same precision and with the same bias."""
-    if isinstance(like, MPOLinear):
-        dtype = like.cores[0].dtype
-        layer = MPOLinear.from_cores([core.to(dtype) for core in cores], like.bias)
+    if not isinstance(like, LowRankLinear):
+        layer = mpo_layer(cores, like.bias, like.cores[0].dtype, pivoted=isinstance(like, PivotedMPOLinear))
         layer.kernel = like.kernel
         return layer
     left, right = cores[0].reshape(like.out_features, -1), cores[1].reshape(-1, like.in_features)
@@ -256,9 +258,8 @@ def _count_at(layer: Squeezable, bonds: list[int]) -> int:
     if isinstance(layer, LowRankLinear):
         (rank,) = bonds
         return rank * (layer.in_features + layer.out_features - (rank if layer.pivots is not None else 0))
-    edges = (1, *bonds, 1)
-    sites = zip(layer.out_factors, layer.in_factors, strict=True)
-    return sum(edges[k] * i * j * edges[k + 1] for k, (i, j) in enumerate(sites))
+    count = least_numbers if isinstance(layer, PivotedMPOLinear) else parameters
+    return count(layer.out_factors, layer.in_factors, bonds)
 
 
 def _least(layer: Squeezable) -> int:

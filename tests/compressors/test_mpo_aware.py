@@ -14,7 +14,7 @@ from tensorpress.compressors.decompose.weighted_low_rank import weighted_error
 from tensorpress.compressors.moments import SecondMoment, output_moments
 from tensorpress.errors import InputError, StepError
 from tensorpress.kernels.low_rank_linear import LowRankLinear
-from tensorpress.kernels.mpo_linear import MPOLinear
+from tensorpress.kernels.pivoted_mpo_linear import PivotedMPOLinear
 from tensorpress.loading import load
 from tensorpress.structure import find_structure, linear_weight
 
@@ -43,7 +43,7 @@ def test_whole_model(make_model, make_calibration, make_ids, outputs, tmp_path, 
         if row.action == "dense":
             assert torch.equal(linear_weight(layer), weight) and row.error_after == 0
             continue
-        assert isinstance(layer, (LowRankLinear, MPOLinear)) and row.bytes_after < row.bytes_before
+        assert isinstance(layer, (LowRankLinear, PivotedMPOLinear)) and row.bytes_after < row.bytes_before
         assert row.action == f"mpo {row.detail['plan']}" and row.detail["losses"][row.detail["plan"]] == min(
             row.detail["losses"].values()
         )

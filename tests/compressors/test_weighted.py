@@ -21,6 +21,7 @@ from tensorpress.compressors.decompose.tensor_train import (
     rounded,
 )
 from tensorpress.compressors.decompose.weighted_low_rank import damped, weighted_error, weighted_svd
+from tensorpress.compressors.decompose.weighted_tt_svd import weighted_tt_svd
 from tensorpress.compressors.moments import PairedMoments, SecondMoment
 from tensorpress.kernels.mpo_linear import mpo_to_matrix
 
@@ -287,3 +288,30 @@ def test_compensation_is_the_least_squares_fit_to_the_originals_output(seed, mon
     expected = torch.linalg.lstsq(x, original @ weight.T).solution.T
     torch.testing.assert_close(pairs.compensated(weight, 1.0), expected, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(pairs.compensated(weight, 0.0), weight)
+
+
+@pytest.mark.parametrize(("of_inputs", "of_outputs"), METRICS)
+@pytest.mark.parametrize(("rows", "columns"), SPLITS)
+def test_weighted_tt_svd(seed, rows, columns, of_inputs, of_outputs):
+    """Lossless at full bonds; with metrics that are Kronecker products its error is what its cuts drop of the weighted matrix."""
+    weight = torch.randn(24, 30, dtype=torch.float64)
+    full, bonds = full_bonds(rows, columns), capped_bonds(rows, columns, 4)
+    h, g = moment(30) if of_inputs else None, moment(24) if of_outputs else None
+    found = weighted_tt_svd(weight, rows, columns, full, h, g)
+    assert (mpo_to_matrix(found) - weight).norm() <= 1e-9 * weight.norm()
+
+    def product(sizes):
+        parts, whole = [moment(size) for size in sizes], torch.ones(1, 1, dtype=torch.float64)
+        for part in parts:
+            whole = torch.kron(whole, part)
+        return whole
+
+    h, g = product(columns) if of_inputs else None, product(rows) if of_outputs else None
+    left = torch.eye(24, dtype=torch.float64) if g is None else torch.linalg.cholesky(g)
+    right = torch.eye(30, dtype=torch.float64) if h is None else torch.linalg.cholesky(h)
+    scaled = left.T @ weight @ right
+    plain = mpo_to_matrix(decompose(scaled, rows, columns, bonds))
+    found = mpo_to_matrix(weighted_tt_svd(weight, rows, columns, bonds, h, g))
+    assert weighted_error(weight - found, h, g) == pytest.approx(float((scaled - plain).square().sum()), rel=1e-3)
+    diagonal = weighted_tt_svd(weight, rows, columns, bonds, torch.rand(30), None)
+    assert [core.shape for core in diagonal] == [core.shape for core in decompose(weight, rows, columns, bonds)]

