@@ -22,9 +22,8 @@ from tensorpress.flows.parameters import CompressParameters
 from tensorpress.flows.request import prepare
 from tensorpress.pictures.front import draw_front
 from tensorpress.pictures.graph import draw_graph
-from tensorpress.pictures.layers import draw_layer_map
 from tensorpress.pictures.markdown import table
-from tensorpress.pictures.report import render
+from tensorpress.pictures.report import render, step_pictures
 from tensorpress.secrets import redact_all
 from tensorpress.tasks.evaluate import run_evaluation
 from tensorpress.tasks.isolate import stop_isolated
@@ -226,10 +225,9 @@ def _leave(plan: Plan, run: dict[str, Any], tracker: Tracker) -> None:
     if any(a["leaf"] and a["metrics"] for a in run["artifacts"]):
         tracker.figure(draw_front(run), "pictures/front.png")
     for artifact in run["artifacts"]:
-        if artifact["run_id"] and artifact["report"]["layers"]:
-            tracker.figure(
-                draw_layer_map(artifact["report"], artifact["node"]), "pictures/layers.png", artifact["run_id"]
-            )
+        if artifact["run_id"]:
+            for name, (figure, _) in step_pictures(artifact["report"], artifact["node"]).items():
+                tracker.figure(figure, f"pictures/{name}.png", artifact["run_id"])
     tracker.text(render(run), "report.html")
     tracker.text(json.dumps(run, indent=1, default=str), "run.json")
     register(tracker.client, plan.store, run)

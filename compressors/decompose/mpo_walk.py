@@ -63,6 +63,8 @@ class Walk:
             summary["expected_loss"] = sum(found[path].at(allowance) for path, allowance in allowances.items())
         if config.way == "measured":
             summary["profile"] = {path: curve.measured for path, curve in found.items()}
+            causal = self.structure.kind == "causal"
+            summary["profile_unit"] = "nats a token" if causal else "half the squared change of a token's last hidden state"
         names = [row.detail.get("plan", "dense") for row in rows]
         summary["plans"] = {name: names.count(name) for name in dict.fromkeys(names)}
         return rows, summary

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -184,6 +185,9 @@ class GPTQ(Compressor):
 
     use: Literal["gptq"] = "gptq"
     bits: Literal[2, 3, 4, 8] = Field(4, description="bits of a weight")
+    bits_for: dict[str, Literal[2, 3, 4, 8, 16]] = Field(
+        {}, description="other bits for layers by patterns on their paths, such as {'*.outer': 8}; 16 leaves a layer as it is"
+    )
     group_size: int = Field(128, description="inputs that share a scale; -1: the whole row")
     symmetric: bool = Field(True, description="grid symmetric around zero")
     act_order: bool = Field(True, description="quantize the columns with the largest inputs first")
@@ -195,6 +199,10 @@ class GPTQ(Compressor):
         if self.group_size != -1 and self.group_size < 1:
             raise InputError(f"group_size: found {self.group_size}, expected -1 (whole row) or a positive number")
         dense = self._targets(model, structure)
+        for pattern in self.bits_for:
+            if not any(fnmatch.fnmatchcase(path, pattern) for path in structure.linear_paths):
+                known = ", ".join(structure.blocks[0].linear_paths)
+                raise InputError(f"bits_for: {pattern} matches no layer; the first block has {known}")
         if not dense and all(isinstance(layer, QuantizedLinear) for layer in kernel_layers(model)):
             raise InputError("gptq: the model has no dense linear layers left in its blocks")
         for path in dense:
@@ -225,9 +233,15 @@ class GPTQ(Compressor):
         )
         return model, Report(rows, {"bits": self.bits, "group_size": self.group_size, "layers": len(rows)})
 
-    @staticmethod
-    def _targets(model: PreTrainedModel, structure: Structure) -> list[str]:
-        return [path for path in structure.linear_paths if isinstance(model.get_submodule(path), DENSE)]
+    def _targets(self, model: PreTrainedModel, structure: Structure) -> list[str]:
+        return [path for path in structure.linear_paths if self._is_target(model, path)]
+
+    def _is_target(self, model: PreTrainedModel, path: str) -> bool:
+        return isinstance(model.get_submodule(path), DENSE) and self.bits_of(path) != 16
+
+    def bits_of(self, path: str) -> int:
+        """The bits of a layer: those of the first pattern that matches its path, else `bits`."""
+        return next((bits for pattern, bits in self.bits_for.items() if fnmatch.fnmatchcase(path, pattern)), self.bits)
 
     @staticmethod
     def _is_factor(model: PreTrainedModel, path: str) -> bool:
@@ -237,7 +251,7 @@ class GPTQ(Compressor):
     def _visit(self, model: PreTrainedModel, block: Block, inputs: BlockInputs) -> list[LayerReport]:
         rows = []
         for group in block.linear_groups:
-            paths = [path for path in group if isinstance(model.get_submodule(path), DENSE)]
+            paths = [path for path in group if self._is_target(model, path)]
             if not paths:
                 continue
             first = model.get_submodule(paths[0])
@@ -248,22 +262,22 @@ class GPTQ(Compressor):
 
     def _quantize(self, model: PreTrainedModel, path: str, hessian: torch.Tensor) -> LayerReport:
         start = time.monotonic()
-        layer = model.get_submodule(path)
+        layer, bits = model.get_submodule(path), self.bits_of(path)
         weight = linear_weight(layer).detach().float()
         size = weight.shape[1] if self.group_size == -1 else self.group_size
         if weight.shape[1] % size:  # a factor, whose width is a rank
             size = next(part for part in range(size, 0, -1) if weight.shape[1] % part == 0)
         integers, scales, zeros = quantize_matrix(
-            weight, hessian, self.bits, size, symmetric=self.symmetric, act_order=self.act_order, damping=self.damping
+            weight, hessian, bits, size, symmetric=self.symmetric, act_order=self.act_order, damping=self.damping
         )
-        packed = self._packed(layer, integers, scales, zeros, size)
+        packed = self._packed(layer, integers, scales, zeros, size, bits)
         set_module(model, path, packed)
-        nearest = Grid(scales.repeat_interleave(size, 1), zeros.repeat_interleave(size, 1), self.bits).round(
+        nearest = Grid(scales.repeat_interleave(size, 1), zeros.repeat_interleave(size, 1), bits).round(
             weight.double()
         )
         return LayerReport(
             layer=path,
-            action=f"gptq {self.bits} bits",
+            action=f"gptq {bits} bits",
             parameters_before=weight.numel(),
             parameters_after=weight.numel(),
             bytes_before=2 * weight.numel(),
@@ -274,7 +288,7 @@ class GPTQ(Compressor):
         )
 
     def _packed(
-        self, layer: nn.Module, integers: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, size: int
+        self, layer: nn.Module, integers: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, size: int, bits: int
     ) -> QuantizedLinear:
         bias = getattr(layer, "bias", None)
         return QuantizedLinear.from_integers(
@@ -282,7 +296,7 @@ class GPTQ(Compressor):
             zeros.T.to(torch.int32).contiguous(),
             scales.T.contiguous(),
             torch.arange(integers.shape[1], device=integers.device) // size,
-            self.bits,
+            bits,
             self.group_size if self.group_size == -1 else size,
             bias,
             zero_offset=1 if self.symmetric else 0,

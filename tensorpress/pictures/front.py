@@ -286,12 +286,12 @@ def _labels(axes: Axes, front: Sequence[Point], texts: Sequence[tuple[str, str]]
         x, y = spots[i]
         name, path = shorten(texts[i][0], 210, 8, "bold"), shorten(texts[i][1], 210, 7) if texts[i][1] else ""
         width = max(text_width(name, 8, "bold"), text_width(path, 7) if path else 0.0) + 2
-        box = _place(x, y, width, 20.0 if path else 11.0, taken, lines, (frame.x0, frame.y0, frame.x1, frame.y1))
+        box = place_names(x, y, width, 20.0 if path else 11.0, taken, lines, (frame.x0, frame.y0, frame.x1, frame.y1))
         taken.append(box)
         _write(axes, (x, y), box, name, path)
 
 
-def _place(
+def place_names(
     x: float, y: float, width: float, tall: float, taken: Sequence[Box], lines: Sequence[Box], frame: Box
 ) -> Box:
     """The nearest free place: right of the point or left of it, then further up and down; avoids lines if cheap."""

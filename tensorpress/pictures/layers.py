@@ -37,7 +37,7 @@ def draw_layer_map(report: Mapping[str, Any], title: str) -> Figure:
     cells = _cells(report.get("layers") or [])
     kinds = list(dict.fromkeys(kind for _, kind in cells))
     blocks = sorted({block for block, _ in cells if block != OUTSIDE}) + [OUTSIDE] * any(b == OUTSIDE for b, _ in cells)
-    names = _short(kinds)
+    names = short_names(kinds)
     names_width = max([text_width(shorten(n, 150, 8), 8) for n in names] or [40.0]) / 72
     wide, tall = _cell_size(len(blocks), len(kinds))
     left, top = 0.12 + names_width + 0.1, 0.62
@@ -62,7 +62,7 @@ def draw_layer_map(report: Mapping[str, Any], title: str) -> Figure:
             text = "–" if block == OUTSIDE else str(block)
             put(axes, left + (column + 0.5) * wide, top - 0.1, text, 7.5, MUTED, ha="center")
     put(axes, left - 0.1, top - 0.1, "block", 7.5, MUTED, ha="right")
-    _legend(axes, left, top + tall * len(kinds) + 0.24, norm, colors, label, list(cells.values()))
+    legend(axes, left, top + tall * len(kinds) + 0.24, norm, colors, label, list(cells.values()))
     return figure
 
 
@@ -70,7 +70,7 @@ def _cells(layers: Sequence[Mapping[str, Any]]) -> dict[tuple[int, str], Mapping
     return {place(str(layer.get("layer"))): layer for layer in layers}
 
 
-def _short(kinds: Sequence[str]) -> list[str]:
+def short_names(kinds: Sequence[str]) -> list[str]:
     """The last part of each dotted kind, or the whole of it where the last parts are not unique."""
     last = [kind.rpartition(".")[2] for kind in kinds]
     return [kind if last.count(short) > 1 or not short else short for kind, short in zip(kinds, last, strict=True)]
@@ -131,7 +131,7 @@ def _cell(
     axes.add_artist(
         Rectangle(at, *size, fc=color if color is not None else "none", ec=LINE if color is None else "none", lw=0.8)
     )
-    ink = MUTED if color is None else DARK_TEXT if _luminance(color) > 0.5 else LIGHT_TEXT
+    ink = MUTED if color is None else DARK_TEXT if luminance(color) > 0.5 else LIGHT_TEXT
     action = clean(layer.get("action") or "")
     if room < 11 or not action:
         return
@@ -145,11 +145,11 @@ def _cell(
         put(axes, middle, y + tall * 0.7, figure, 6.5, ink, ha="center", alpha=0.8)
 
 
-def _luminance(color: Sequence[float]) -> float:
+def luminance(color: Sequence[float]) -> float:
     return 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
 
 
-def _legend(
+def legend(
     axes: Axes, x: float, y: float, norm: Normalize, colors: LinearSegmentedColormap, label: str, layers: Sequence[Any]
 ) -> None:
     """The scale, and how many layers had which treatment."""

@@ -17,6 +17,8 @@ from tensorpress.pictures import graph
 from tensorpress.pictures.front import beaten, draw_front, points_of, quality_of
 from tensorpress.pictures.graph import draw_graph, leaves_of
 from tensorpress.pictures.layers import draw_layer_map
+from tensorpress.pictures.sensitivity import draw_sensitivity, profile_of
+from tensorpress.pictures.spectra import bonds_of, draw_spectra
 from tensorpress.pictures.tables import (
     NOTHING,
     ROOT,
@@ -70,6 +72,18 @@ def render(run: Mapping[str, Any]) -> str:
         recipe=_yaml(run.get("recipe")),
         ids=_pairs({key: run.get(key) for key in ("flow_run_id", "mlflow_run_id") if run.get(key)}),
     )  # fmt: skip
+
+
+def step_pictures(report: Mapping[str, Any], title: str) -> dict[str, tuple[Figure, str]]:
+    """The pictures of a step's report by the name of their file, each with what it shows; those that have something to show."""
+    found: dict[str, tuple[Figure, str]] = {}
+    if report.get("layers"):
+        found["layers"] = draw_layer_map(report, title), "Map of the layers"
+    if profile_of(report):
+        found["sensitivity"] = draw_sensitivity(report, f"{title}: sensitivity of each layer"), "Measured sensitivity"
+    if bonds_of(report):
+        found["spectra"] = draw_spectra(report, f"{title}: bond spectra"), "Bond spectra and entanglement entropies"
+    return found
 
 
 @cache
@@ -203,14 +217,18 @@ def _step(artifact: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     metrics = artifact.get("metrics") or {}
     figures = [human_bytes(metrics["bytes"])] if finite(metrics.get("bytes")) else []
     figures += [human_seconds(artifact["seconds"])] if finite(artifact.get("seconds")) else []
-    title = f"{step} · {clean(artifact.get('use') or '')}"
+    drawn = step_pictures(report, f"{step} · {clean(artifact.get('use') or '')}")
     return {
         "name": step, "use": clean(artifact.get("use") or "", 60),
         "choices": ", ".join(choices(step, artifact.get("branch") or "")),
         "figures": figures, "cached": bool(artifact.get("cached")), "error": _block(artifact.get("error") or ""),
-        "map": _picture(draw_layer_map(report, title), prefix, f"Map of the layers of {step}") if layers else "",
+        "pictures": [
+            _picture(figure, f"{prefix}-{name}", f"{meaning} of {step}")
+            for name, (figure, meaning) in drawn.items()
+        ],
         "layers": [_layer(layer) for layer in layers[:LAYERS_SHOWN]], "more": max(0, len(layers) - LAYERS_SHOWN),
-        "summary": _pairs(report.get("summary")), "conditions": _pairs(artifact.get("conditions")),
+        "summary": _pairs(_without(report.get("summary"), "profile" if "sensitivity" in drawn else "")),
+        "conditions": _pairs(artifact.get("conditions")),
         "digest": clean(artifact.get("digest") or "", 64),
     }  # fmt: skip
 

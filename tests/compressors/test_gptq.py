@@ -445,3 +445,26 @@ def test_a_model_without_dense_layers_is_refused(make_model, make_calibration, o
 def test_bad_fields_are_refused(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         method(**fields)
+
+
+def test_bits_for_some_layers(make_model, make_calibration, make_ids, outputs, tmp_path, one_line, plain_kernels):
+    """The first pattern that matches counts; 16 bits leave a layer dense; the folder is no plain GPTQ one."""
+    model, ids = make_model("llama"), make_ids(2, 9)
+    down = linear_weight(model.model.layers[1].mlp.down_proj).detach().clone()
+    method = GPTQ(bits=4, group_size=16, bits_for={"*.down_proj": 16, "*.1.mlp.*": 8, "*.mlp.*": 3})
+    model, report = method.compress(model, make_calibration())
+    actions = {row.layer.removeprefix("model.layers."): row.action for row in report.layers}
+    assert actions["0.self_attn.q_proj"] == "gptq 4 bits" and actions["0.mlp.up_proj"] == "gptq 3 bits"
+    assert actions["1.mlp.up_proj"] == "gptq 8 bits" and "1.mlp.down_proj" not in actions
+    assert torch.equal(linear_weight(model.model.layers[1].mlp.down_proj), down)
+    assert model.model.layers[1].mlp.up_proj.bits == 8 and model.model.layers[2].mlp.up_proj.bits == 3
+    errors = {row.layer: row.error_after for row in report.layers}
+    assert errors["model.layers.1.mlp.up_proj"] < errors["model.layers.0.mlp.up_proj"]
+    assert plain_gptq(model) is None
+    save_model(model, tmp_path, torch.float32)
+    torch.testing.assert_close(outputs(load(tmp_path), ids), outputs(model, ids), rtol=0, atol=1e-4)
+    with pytest.raises(InputError) as caught:
+        GPTQ(bits_for={"*nothing*": 8}).check(make_model("llama"), find_structure(make_model("llama")))
+    one_line(caught, r"bits_for: \*nothing\* matches no layer; the first block has .*q_proj")
+    with pytest.raises(ValueError, match="bits_for"):
+        GPTQ(bits_for={"*": 5})
