@@ -38,14 +38,15 @@ WHITENED = {
     "use": "mpo", "metric": "inputs", "plans": "low_rank", "pivots": False, "allocation": "uniform", "compensation": 0,
     "multiple": 1,
 }  # fmt: skip
-UNIFORM, PREDICTED, MEASURED = ({"use": "mpo", "allocation": way} for way in ("uniform", "predicted", "measured"))
+LOW_RANK = {"use": "mpo", "plans": "low_rank"}
 FORMS: dict[str, dict[str, Any]] = {
     "plain TT-SVD, 2 sites": PLAIN,
     "plain TT-SVD, 3 sites": {**PLAIN, "sites": 3},
     "whitened SVD": WHITENED,
-    "mpo, uniform": UNIFORM,
-    "mpo, expected loss": PREDICTED,
-    "mpo, measured profile": MEASURED,
+    "mpo, uniform": {**LOW_RANK, "allocation": "uniform", "multiple": 1},
+    "mpo, expected loss": LOW_RANK,
+    "mpo, measured profile": {**LOW_RANK, "allocation": "measured"},
+    "mpo, all site plans": {"use": "mpo", "plans": "auto"},
 }
 FACTORIZED = {
     form: {"use": "factorize", "form": form}
@@ -84,11 +85,12 @@ class Demo:
                 parameter.copy_(parameter.bfloat16())
         return model, report, seconds
 
-    def measured(self, config: dict[str, Any]) -> dict[str, float]:
-        """`ratio` of perplexities, `bytes` as a share of the block layers' 16-bit bytes, `seconds`."""
+    def measured(self, config: dict[str, Any]) -> dict[str, Any]:
+        """`ratio` of perplexities, `bytes` as a share of the block layers' 16-bit bytes, `seconds`; and the site plans that won."""
         model, report, seconds = self.made(config)
         size = sum(r.bytes_after for r in report.layers) / sum(r.bytes_before for r in report.layers)
-        return {"ratio": self.perplexity(model) / self.dense, "bytes": size, "seconds": seconds}
+        found = {"ratio": self.perplexity(model) / self.dense, "bytes": size, "seconds": seconds}
+        return {**found, "plans": report.summary.get("plans")}
 
 
 def comparison(demo: Demo, keeps: tuple[float, ...], forms: dict[str, Any], say: Callable[[str], None]) -> list[Any]:
@@ -98,7 +100,9 @@ def comparison(demo: Demo, keeps: tuple[float, ...], forms: dict[str, Any], say:
         for name, config in forms.items():
             found = demo.measured({**config, "keep": keep})
             points.append({"name": name, "keep": keep, **found})
-            say(f"keep {keep:g}  {name}: {found['ratio']:.4f} at {found['bytes']:.3f} of the bytes, {found['seconds']:.0f} s")
+            say(
+                f"keep {keep:g}  {name}: {found['ratio']:.4f} at {found['bytes']:.3f} of the bytes, {found['seconds']:.0f} s {found['plans'] or ''}"
+            )
     return points
 
 
@@ -116,7 +120,7 @@ def bars(points: list[Any], keeps: tuple[float, ...]) -> list[dict[str, Any]]:
     rows = []
     for keep in keeps:
         excess = {p["name"]: p["ratio"] - 1 for p in points if p["keep"] == keep}
-        ours = min(excess["mpo, expected loss"], excess["mpo, measured profile"])
+        ours = min(excess[name] for name in ("mpo, expected loss", "mpo, measured profile", "mpo, all site plans"))
         plain = min(excess["plain TT-SVD, 2 sites"], excess["plain TT-SVD, 3 sites"])
         rows += [
             row(f"keep {keep:g}: excess over dense, ours / plain TT-SVD", ours / plain, "ratio", 1 / 3),

@@ -131,7 +131,13 @@ def measured(encoder: Encoder, keeps: tuple[float, ...], minutes: float, barred:
             start = time.monotonic()
             heal = {"use": "distill", "minutes": minutes, "learning_rate": 3e-4, "batch_tokens": 2048}
             model, _ = encoder.made(heal, model)
-            add(f"keep {keep:g}: the same, healed", encoder.score(model), HEALED[keep], share(report), time.monotonic() - start)
+            add(
+                f"keep {keep:g}: the same, healed",
+                encoder.score(model),
+                HEALED[keep],
+                share(report),
+                time.monotonic() - start,
+            )
         start = time.monotonic()
         model, _ = encoder.made({"use": "mpo", "keep": keep}) if not minutes else (model, None)
         model, packed = encoder.made({"use": "gptq", "bits": 4}, model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tensorpress.compressors.base import Compressor
+from tensorpress.compressors.decompose.factorize import Factorize
 from tensorpress.compressors.decompose.mpo import MPO
 from tensorpress.compressors.prune.finercut import FinerCut
 from tensorpress.compressors.quantize.gptq import GPTQ
@@ -12,6 +13,7 @@ from tensorpress.compressors.recover.squeeze import Squeeze
 
 METHODS: dict[str, type[Compressor]] = {
     "mpo": MPO,
+    "factorize": Factorize,
     "finercut": FinerCut,
     "distill": Distill,
     "mpo_tune": MPOTune,

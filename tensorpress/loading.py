@@ -24,6 +24,8 @@ from tensorpress.kernels.kernel_layer import KernelLayer, kernel_layers
 from tensorpress.kernels.low_rank_linear import LowRankLinear
 from tensorpress.kernels.quantized_linear import BITS
 from tensorpress.kernels.removed import RemovedAttention, RemovedLinear, RemovedNorm
+from tensorpress.kernels.sparse_linear import ChannelLinear, SparseLinear
+from tensorpress.kernels.sum_linear import SumLinear
 from tensorpress.specs import module_from_spec
 from tensorpress.structure import iterate_linears, linear_shape, renumber_attention, set_module
 
@@ -42,11 +44,11 @@ BUFFERS = (
     "pooler.dense.bias",
 )
 """Ends of names that old checkpoints carry and no output needs."""
-PACKED = {torch.int32: "I32", torch.uint8: "U8"}
+PACKED = {torch.int32: "I32", torch.int16: "I16", torch.uint8: "U8"}
 """What safetensors calls the types of packed integers."""
 SMALL = 1 << 24
 """Numbers that a model may hold beside twice its weights: buffers that are made, not read."""
-REPLACED = (KernelLayer, LowRankLinear, RemovedLinear, RemovedAttention, RemovedNorm)
+REPLACED = (KernelLayer, LowRankLinear, SumLinear, RemovedLinear, RemovedAttention, RemovedNorm)
 
 
 def gptq_layers(model: nn.Module, config: dict[str, Any], files: list[Path]) -> dict[str, dict]:
@@ -108,7 +110,12 @@ def apply_layers(model: nn.Module, layers: dict[str, dict]) -> None:
 
 def layers_of(model: nn.Module) -> dict[str, dict]:
     """The specs of all modules of `model` that tensorpress put there: the inverse of `apply_layers`."""
-    return {path: module.spec() for path, module in model.named_modules() if isinstance(module, REPLACED)}
+    parts = {part for module in model.modules() if isinstance(module, SumLinear) for part in module.parts}
+    return {
+        path: module.spec()
+        for path, module in model.named_modules()
+        if isinstance(module, REPLACED) and module not in parts
+    }
 
 
 def load(
@@ -139,7 +146,7 @@ def load(
         )
     _check_whole(folder, model, found)
     for path, module in model.named_modules():
-        if isinstance(module, (KernelLayer, LowRankLinear)):
+        if isinstance(module, (KernelLayer, LowRankLinear, SparseLinear, ChannelLinear)):
             try:
                 module.check()
             except ValueError as error:

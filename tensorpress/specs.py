@@ -16,6 +16,7 @@ from tensorpress.kernels.mpo_linear import MPOLinear
 from tensorpress.kernels.pivoted_mpo_linear import PivotedMPOLinear
 from tensorpress.kernels.quantized_linear import QuantizedLinear
 from tensorpress.kernels.semi_structured_linear import SemiStructuredLinear
+from tensorpress.kernels.sum_linear import SumLinear
 from tensorpress.recipe import explain
 from tensorpress.structure import LINEAR, linear_shape, stub_from_spec
 
@@ -26,6 +27,7 @@ FORMS = (
     "gptq",
     "block_diagonal",
     "semi_structured",
+    "sum",
     "removed",
     "removed_attention",
     "removed_norm",
@@ -115,6 +117,63 @@ class SemiStructuredSpec(Spec):
     bias: StrictBool
 
 
+class SparseSpec(Spec):
+    """`SparseLinear`, a part of a sum."""
+
+    form: Literal["sparse"]
+    in_features: Width
+    out_features: Width
+    count: Width
+    bias: StrictBool
+
+    @model_validator(mode="after")
+    def _count(self) -> SparseSpec:
+        if self.count > self.in_features * self.out_features:
+            raise ValueError("no more values than a dense weight has")
+        return self
+
+
+class ChannelSpec(Spec):
+    """`ChannelLinear`, a part of a sum."""
+
+    form: Literal["channels"]
+    in_features: Width
+    out_features: Width
+    count: Width
+    bias: StrictBool
+
+    @model_validator(mode="after")
+    def _count(self) -> ChannelSpec:
+        if self.count > self.in_features:
+            raise ValueError("no more channels than inputs")
+        return self
+
+
+PartSpec = Annotated[MPOSpec | LowRankSpec | BlockDiagonalSpec | SparseSpec | ChannelSpec, Field(discriminator="form")]
+
+
+class SumSpec(Spec):
+    """`SumLinear`, whose parts have its shape and no bias."""
+
+    form: Literal["sum"]
+    in_features: Width
+    out_features: Width
+    parts: Annotated[list[PartSpec], Field(min_length=1, max_length=8)]
+    bias: StrictBool
+
+    @model_validator(mode="after")
+    def _parts(self) -> SumSpec:
+        for part in self.parts:
+            shape = (
+                (math.prod(part.out_factors), math.prod(part.in_factors))
+                if isinstance(part, MPOSpec)
+                else (part.out_features, part.in_features)
+            )
+            if shape != (self.out_features, self.in_features) or part.bias:
+                raise ValueError("parts of the shape of the sum, without a bias")
+        return self
+
+
 class RemovedSpec(Spec):
     """`RemovedLinear`."""
 
@@ -136,13 +195,14 @@ class RemovedNormSpec(Spec):
     form: Literal["removed_norm"]
 
 
-LAYERS: dict[str, type[KernelLayer | LowRankLinear]] = {
+LAYERS: dict[str, type[KernelLayer | LowRankLinear | SumLinear]] = {
     "mpo": MPOLinear,
     "pivoted_mpo": PivotedMPOLinear,
     "low_rank": LowRankLinear,
     "gptq": QuantizedLinear,
     "block_diagonal": BlockDiagonalLinear,
     "semi_structured": SemiStructuredLinear,
+    "sum": SumLinear,
 }
 """What the forms of a linear layer are made of."""
 _checked: TypeAdapter[Any] = TypeAdapter(
@@ -152,6 +212,7 @@ _checked: TypeAdapter[Any] = TypeAdapter(
         | GPTQSpec
         | BlockDiagonalSpec
         | SemiStructuredSpec
+        | SumSpec
         | RemovedSpec
         | RemovedAttentionSpec
         | RemovedNormSpec,
@@ -169,7 +230,7 @@ def module_from_spec(spec: Any, path: str = "", replaced: nn.Module | None = Non
     try:
         _checked.validate_python(spec)
     except ValidationError as error:
-        if error.errors()[0]["type"].startswith("union_tag"):
+        if error.errors()[0]["type"].startswith("union_tag") and not error.errors()[0]["loc"]:
             form = spec.get("form") if isinstance(spec, dict) else spec
             raise InputError(f"{where}: unknown form {str(form)[:80]!r}; known: {', '.join(FORMS)}") from None
         raise InputError(explain(error, where, Spec)[0]) from None

@@ -18,6 +18,7 @@ from tensorpress.errors import InputError
 from tensorpress.kernels.kernel_layer import KernelLayer
 from tensorpress.kernels.low_rank_linear import LowRankLinear
 from tensorpress.kernels.removed import RemovedAttention, RemovedLinear, RemovedNorm
+from tensorpress.kernels.sum_linear import SumLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -300,10 +301,14 @@ def _feed_forward_stubs(prefix: str, linears: list[str], modules: dict[str, nn.M
 
 
 def _whole(linears: list[str], modules: dict[str, nn.Module]) -> list[str]:
-    """The layers of low rank in place of the two that each is made of."""
-    parents = {name: name.rpartition(".")[0] for name in linears}
-    parts = {name for name, parent in parents.items() if isinstance(modules[parent], LowRankLinear)}
-    return list(dict.fromkeys(parents[name] if name in parts else name for name in linears))
+    """The layers of low rank and the sums in place of what each is made of."""
+    return list(dict.fromkeys(_outermost(name, modules) for name in linears))
+
+
+def _outermost(name: str, modules: dict[str, nn.Module]) -> str:
+    names = name.split(".")
+    above = (".".join(names[:depth]) for depth in range(1, len(names)))
+    return next((path for path in above if isinstance(modules[path], (LowRankLinear, SumLinear))), name)
 
 
 def _spec(**fields: Any) -> tuple[tuple[str, Any], ...]:

@@ -15,6 +15,8 @@ from tensorpress.compressors.decompose.weighted_low_rank import TINY, root_of, w
 
 DIRECT_UNKNOWNS, DIRECT_NUMBERS = 2048, 1 << 25
 """Largest system that is solved in closed form, and most numbers of its design matrix; above, conjugate gradients."""
+PRECISE = 1 << 14
+"""Numbers of a weight up to which all is done in float64; above in float32, where the last digits of an error do not matter."""
 ITERATIONS = 12
 """Of conjugate gradients for one core; each lowers the error."""
 
@@ -35,7 +37,7 @@ def refine(
     unit matrix and the system is small, a core is solved in closed form (with a trace of damping, for inputs that are linearly dependent); else
     by conjugate gradients from where it is. The error never rises.
     """
-    precise = torch.float64 if weight.numel() <= 1 << 20 else torch.float32
+    precise = torch.float64 if weight.numel() <= PRECISE else torch.float32
     w = weight.to(precise)
     h = None if inputs is None else inputs.to(precise)
     g = None if outputs is None else outputs.to(precise)

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import torch
 
 from tensorpress.compressors.decompose.alternating import conjugate_gradients, refine
-from tensorpress.compressors.decompose.site_plans import WORD, SitePlan
-from tensorpress.compressors.decompose.tensor_train import capped_bonds
+from tensorpress.compressors.decompose.site_plans import WORD, SitePlan, mpo_layer
+from tensorpress.compressors.decompose.tensor_train import canonical, capped_bonds
 from tensorpress.compressors.decompose.weighted_low_rank import (
     TINY,
     low_rank_layer,
@@ -26,7 +26,7 @@ from tensorpress.compressors.decompose.weighted_low_rank import (
 from tensorpress.compressors.decompose.weighted_tt_svd import weighted_tt_svd
 from tensorpress.kernels import sum_linear
 from tensorpress.kernels.block_diagonal_linear import BlockDiagonalLinear
-from tensorpress.kernels.mpo_linear import MPOLinear, mpo_to_matrix
+from tensorpress.kernels.mpo_linear import mpo_to_matrix
 from tensorpress.kernels.sparse_linear import ChannelLinear, SparseLinear, sparse_bytes
 
 Metric = torch.Tensor | None
@@ -90,16 +90,17 @@ class LowRankPart:
 
 @dataclass(frozen=True)
 class MPOPart:
-    """A matrix product operator; at two balanced sites a sum of Kronecker products (Van Loan and Pitsianis 1993)."""
+    """A matrix product operator, with pivots in the fewest numbers; at two balanced sites a sum of Kronecker products (Van Loan and Pitsianis 1993)."""
 
     plan: SitePlan
     bond: int
+    pivoted: bool
     sweeps: int
     """Of alternating least squares at each visit."""
 
     @property
     def bytes(self) -> int:
-        return self.plan.bytes(self.bond, pivoted=False)
+        return self.plan.bytes(self.bond, self.pivoted)
 
     @property
     def bonds(self) -> tuple[int, ...]:
@@ -108,7 +109,7 @@ class MPOPart:
     @property
     def detail(self) -> dict[str, Any]:
         factors = {"out_factors": list(self.plan.rows), "in_factors": list(self.plan.columns)}
-        return {"part": "mpo", **factors, "bonds": list(self.bonds)}
+        return {"part": "mpo", **factors, "bonds": list(self.bonds), "pivoted": self.pivoted}
 
     def solve(self, target: torch.Tensor, metric: Metric, now: Solved | None) -> Solved:
         plan = self.plan
@@ -118,7 +119,10 @@ class MPOPart:
         return Solved(mpo_to_matrix([core.double() for core in cores]), cores)
 
     def layer(self, solved: Solved, dtype: torch.dtype, bias: torch.Tensor | None) -> sum_linear.Part:
-        return MPOLinear.from_cores([core.to(dtype) for core in solved.made_of], bias)
+        cores = list(solved.made_of)
+        if self.pivoted:  # in a gauge whose cores before the last have all their rank, whatever the matrix has
+            cores = canonical(cores, len(cores) - 1)
+        return mpo_layer(cores, bias, dtype, pivoted=self.pivoted)
 
 
 @dataclass(frozen=True)
@@ -197,7 +201,7 @@ class SparsePart:
         return SparseLinear.from_dense(solved.matrix.to(dtype), bias, solved.made_of[0])
 
 
-ITERATIONS = 20
+ITERATIONS = 8
 """Of conjugate gradients for the values of a sparse part; each lowers the error."""
 
 

@@ -66,6 +66,7 @@ class MPO(Compressor):
     may_not_follow: ClassVar[Mapping[str, str]] = {
         "gptq": "its layers are quantized; decompose first, then quantize what stays dense",
         "mpo": "its layers are decomposed already",
+        "factorize": "its layers are factorized already",
     }
 
     @model_validator(mode="after")
