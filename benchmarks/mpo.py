@@ -169,7 +169,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.matrix:
-        return large_matrix(args.matrix)
+        large_matrix(args.matrix)
+        return
     say = lambda line: Console().print(f"[dim]{line}[/]")  # noqa: E731
     keeps = KEEPS[-1:] if args.quick else KEEPS
     demo = Demo(16 if args.quick else 64, 20 if args.quick else 100)

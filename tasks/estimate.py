@@ -20,10 +20,12 @@ from tensorpress.pictures.tables import human_bytes, human_seconds
 from tensorpress.source import is_compressed
 from tensorpress.tasks.planning import Job, Plan, stored_dtype, working_dtype
 
-BESIDE_ORIGINAL = {"distill", "fidelity", "speed"}
+BESIDE_ORIGINAL = {"distill", "mpo_tune", "squeeze", "pela", "overparameterize", "fidelity", "speed"}
 """Methods and measures that hold the original in memory beside the model."""
-TRAINED = {"distill"}
+TRAINED = {"distill", "mpo_tune", "squeeze", "pela", "overparameterize"}
 """Methods that train: a gradient, two moments and the best weights twice for each weight, in float32; and logits."""
+MOMENTS = {"gptq", "mpo", "factorize"}
+"""Methods that hold second moments of a layer's inputs in float64, several times."""
 LOGITS = 4 * 4
 """Bytes for each number of a batch of logits: of teacher and student, and their gradients."""
 
@@ -59,7 +61,16 @@ def short_config(use: str, config: Mapping[str, Any]) -> str:
     """The settings of a step that people look for: `4 bits, g128`, `keep 0.7`."""
     parts = {
         "gptq": [("bits", "{} bits"), ("group_size", "g{}")],
-        "mpo": [("keep", "keep {}"), ("bond_dimension", "bond dimension {}"), ("sites", "{} sites")],
+        "mpo": [
+            ("keep", "keep {}"),
+            ("bond_dimension", "bond dimension {}"),
+            ("bytes", "{:,} bytes"),
+            ("perplexity_ratio", "perplexity ratio {}"),
+            ("sites", "{} sites"),
+        ],
+        "factorize": [("form", "{}"), ("keep", "keep {}")],
+        "mpo_tune": [("train", "{} cores"), ("tokens", "{:,} tokens"), ("minutes", "{} minutes")],
+        "squeeze": [("keep", "keep {}"), ("gap", "gap {}")],
         "finercut": [("remove", "remove {}")],
         "distill": [("tokens", "{:,} tokens"), ("minutes", "{} minutes")],
     }.get(use) or [(key, f"{key} {{}}") for key in config if key != "use"]
@@ -92,7 +103,7 @@ def _node(plan: Plan, job: Job, known: list[dict[str, Any]]) -> dict[str, Any]:
 def expected_bytes(plan: Plan, job: Job) -> int:
     """Bytes of weights that a step's artifact will have, by the settings of the steps that lead to it.
 
-    Counts bits, scales and zeros of `gptq`, the share that `mpo` keeps and that `finercut` removes (of all sublayers alike).
+    Counts bits, scales and zeros of `gptq`, what `mpo`, `factorize` and `squeeze` keep, and the share that `finercut` removes (of all sublayers alike).
     """
     folder = Path(plan.root.path)
     width = stored_dtype(folder).itemsize
@@ -103,9 +114,14 @@ def expected_bytes(plan: Plan, job: Job) -> int:
         if config["use"] == "finercut":
             dense = {path: count * (1 - config["remove"]) for path, count in dense.items()}
             decomposed *= 1 - config["remove"]
-        elif config["use"] == "mpo" and config["keep"] is not None:
+        elif config["use"] in ("mpo", "factorize") and config["keep"] is not None:
             for path in [p for p in dense if any(fnmatch.fnmatchcase(p, pattern) for pattern in config["layers"])]:
                 decomposed += width * dense.pop(path) * config["keep"]
+        elif config["use"] == "mpo" and config["bytes"] is not None:
+            named = [p for p in dense if any(fnmatch.fnmatchcase(p, pattern) for pattern in config["layers"])]
+            decomposed += min(config["bytes"], width * sum(dense.pop(path) for path in named))
+        elif config["use"] == "squeeze":
+            decomposed *= config["keep"]
         elif config["use"] == "gptq":
             group = config["group_size"] if config["group_size"] > 0 else 4096
             bits = config["bits"] + (16 + config["bits"]) / group
@@ -154,7 +170,7 @@ def _memory(plan: Plan) -> tuple[int, str]:
     for use in works:
         needs[use] = model + (activations if METHODS[use].needs_calibration else 0)
         needs[use] += training if use in TRAINED else 0
-        needs[use] += hessians if use == "gptq" else 0
+        needs[use] += hessians if use in MOMENTS else 0
     for name in BESIDE_ORIGINAL & set(needs):
         needs[name] += model
     largest = max(needs, key=lambda name: needs[name]) if needs else ""
@@ -163,8 +179,8 @@ def _memory(plan: Plan) -> tuple[int, str]:
         made_of.append("as much for its original")
     if largest in works and METHODS[largest].needs_calibration:
         made_of.append(f"calibration {human_bytes(activations)}")
-    if largest == "gptq":
-        made_of.append(f"Hessian {human_bytes(hessians)}")
+    if largest in MOMENTS:
+        made_of.append(f"second moments {human_bytes(hessians)}")
     if largest in TRAINED:
         made_of.append(f"training {human_bytes(training)}")
     return int(needs.get(largest, model)), f"{largest}: {', '.join(made_of)}" if largest else made_of[0]

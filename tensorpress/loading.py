@@ -22,8 +22,10 @@ from tensorpress.errors import InputError
 from tensorpress.kernels import registry
 from tensorpress.kernels.kernel_layer import KernelLayer, kernel_layers
 from tensorpress.kernels.low_rank_linear import LowRankLinear
+from tensorpress.kernels.mpoe import SharedExperts
 from tensorpress.kernels.quantized_linear import BITS
 from tensorpress.kernels.removed import RemovedAttention, RemovedLinear, RemovedNorm
+from tensorpress.kernels.shared_mpo_linear import tie_cores
 from tensorpress.kernels.sparse_linear import ChannelLinear, SparseLinear
 from tensorpress.kernels.sum_linear import SumLinear
 from tensorpress.specs import module_from_spec
@@ -48,7 +50,7 @@ PACKED = {torch.int32: "I32", torch.int16: "I16", torch.uint8: "U8"}
 """What safetensors calls the types of packed integers."""
 SMALL = 1 << 24
 """Numbers that a model may hold beside twice its weights: buffers that are made, not read."""
-REPLACED = (KernelLayer, LowRankLinear, SumLinear, RemovedLinear, RemovedAttention, RemovedNorm)
+REPLACED = (KernelLayer, LowRankLinear, SumLinear, SharedExperts, RemovedLinear, RemovedAttention, RemovedNorm)
 
 
 def gptq_layers(model: nn.Module, config: dict[str, Any], files: list[Path]) -> dict[str, dict]:
@@ -105,6 +107,10 @@ def apply_layers(model: nn.Module, layers: dict[str, dict]) -> None:
         # An architecture's own initialisation looks for the dense weight: it must pass over what holds this module.
         for depth in range(path.count(".") + 2):
             model.get_submodule(".".join(path.split(".")[:depth]))._is_hf_initialized = True  # type: ignore[assignment]
+    try:
+        tie_cores(model)
+    except ValueError as error:
+        raise InputError(f"artifact: {error}") from None
     renumber_attention(model)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, TypeAdapter, ValidationError, model_validator
 from torch import nn
 
@@ -13,9 +14,11 @@ from tensorpress.kernels.block_diagonal_linear import BlockDiagonalLinear
 from tensorpress.kernels.kernel_layer import KernelLayer
 from tensorpress.kernels.low_rank_linear import LowRankLinear
 from tensorpress.kernels.mpo_linear import MPOLinear
+from tensorpress.kernels.mpoe import SharedExperts
 from tensorpress.kernels.pivoted_mpo_linear import PivotedMPOLinear
 from tensorpress.kernels.quantized_linear import QuantizedLinear
 from tensorpress.kernels.semi_structured_linear import SemiStructuredLinear
+from tensorpress.kernels.shared_mpo_linear import SharedMPOLinear
 from tensorpress.kernels.sum_linear import SumLinear
 from tensorpress.recipe import explain
 from tensorpress.structure import LINEAR, linear_shape, stub_from_spec
@@ -23,6 +26,8 @@ from tensorpress.structure import LINEAR, linear_shape, stub_from_spec
 FORMS = (
     "mpo",
     "pivoted_mpo",
+    "shared_mpo",
+    "shared_experts",
     "low_rank",
     "gptq",
     "block_diagonal",
@@ -61,6 +66,50 @@ class MPOSpec(Spec):
             if not sites or any(bond > math.prod(site) for bond, site in zip(self.bonds, sites, strict=True)):
                 raise ValueError("two sites or more, and no bond above the rows of its core")
         return self
+
+
+class SharedMPOSpec(Spec):
+    """`SharedMPOLinear`."""
+
+    form: Literal["shared_mpo"]
+    out_factors: Widths
+    in_factors: Widths
+    bonds: Annotated[list[Width], Field(min_length=2, max_length=30)]
+    group: Annotated[str, Field(min_length=1, max_length=200)]
+    bias: StrictBool
+
+    @model_validator(mode="after")
+    def _sites(self) -> SharedMPOSpec:
+        _check_odd(self.out_factors, self.in_factors, self.bonds)
+        return self
+
+
+class MatricesSpec(Spec):
+    """`SharedMatrices`."""
+
+    out_factors: Widths
+    in_factors: Widths
+    bonds: Annotated[list[Width], Field(min_length=2, max_length=30)]
+
+    @model_validator(mode="after")
+    def _sites(self) -> MatricesSpec:
+        _check_odd(self.out_factors, self.in_factors, self.bonds)
+        return self
+
+
+def _check_odd(out_factors: list[int], in_factors: list[int], bonds: list[int]) -> None:
+    if not len(out_factors) == len(in_factors) == len(bonds) + 1 or len(bonds) % 2:
+        raise ValueError("an odd number n of output factors, n input factors and n - 1 bonds")
+
+
+class SharedExpertsSpec(Spec):
+    """`SharedExperts`."""
+
+    form: Literal["shared_experts"]
+    experts: Annotated[StrictInt, Field(ge=1, le=4096)]
+    gate_up: MatricesSpec
+    down: MatricesSpec
+    activation: Literal["silu", "swish", "gelu", "gelu_pytorch_tanh", "relu"]
 
 
 class LowRankSpec(Spec):
@@ -198,6 +247,7 @@ class RemovedNormSpec(Spec):
 LAYERS: dict[str, type[KernelLayer | LowRankLinear | SumLinear]] = {
     "mpo": MPOLinear,
     "pivoted_mpo": PivotedMPOLinear,
+    "shared_mpo": SharedMPOLinear,
     "low_rank": LowRankLinear,
     "gptq": QuantizedLinear,
     "block_diagonal": BlockDiagonalLinear,
@@ -208,6 +258,8 @@ LAYERS: dict[str, type[KernelLayer | LowRankLinear | SumLinear]] = {
 _checked: TypeAdapter[Any] = TypeAdapter(
     Annotated[
         MPOSpec
+        | SharedMPOSpec
+        | SharedExpertsSpec
         | LowRankSpec
         | GPTQSpec
         | BlockDiagonalSpec
@@ -234,12 +286,25 @@ def module_from_spec(spec: Any, path: str = "", replaced: nn.Module | None = Non
             form = spec.get("form") if isinstance(spec, dict) else spec
             raise InputError(f"{where}: unknown form {str(form)[:80]!r}; known: {', '.join(FORMS)}") from None
         raise InputError(explain(error, where, Spec)[0]) from None
+    if spec["form"] == "shared_experts":
+        return _experts(spec, where, replaced)
     layer = LAYERS.get(spec["form"])
     if layer is None:
         return stub_from_spec(spec)
     if replaced is not None:
         _check_shape(where, spec, replaced)
     return layer.from_spec(spec)
+
+
+def _experts(spec: dict[str, Any], where: str, replaced: nn.Module | None) -> nn.Module:
+    """Experts with a shared core, in the place of the stacks of matrices that they have the shapes of. Raises InputError."""
+    module = SharedExperts.from_spec(spec)
+    if replaced is not None:
+        stacks = [getattr(replaced, name, None) for name in ("gate_up_proj", "down_proj")]
+        found = tuple(tuple(stack.shape) if isinstance(stack, torch.Tensor) else None for stack in stacks)
+        if found != module.shapes():
+            raise InputError(f"{where}: stands for experts of the shapes {found}; has {module.shapes()}")
+    return module
 
 
 def _check_shape(where: str, spec: dict[str, Any], replaced: nn.Module) -> None:

@@ -51,9 +51,12 @@ class Overparameterize(Compressor):
         "distill", description="what is learnt: the original model's outputs, or the next token of the calibration text"
     )
     tokens: int = Field(ge=1, description="training tokens")
-    learning_rate: float = Field(3e-4, gt=0, description="peak")
+    learning_rate: float = Field(
+        2e-4, gt=0, description="peak; less than plain weights take, whose numbers move one by one"
+    )
     batch_tokens: int = Field(4096, ge=1, description="tokens of one step")
     validate_every: float = Field(0.1, gt=0, le=1, description="share of the budget between two measurements")
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the arithmetic of training")
 
     kinds: ClassVar[tuple[str, ...]] = ("causal",)
     may_not_follow: ClassVar[Mapping[str, str]] = {
@@ -107,6 +110,7 @@ class Overparameterize(Compressor):
             learning_rate=self.learning_rate,
             batch_tokens=self.batch_tokens,
             validate_every=self.validate_every,
+            precision=self.precision,
         )
 
     def _lessons(self, calibration: Calibration) -> Calibration:
