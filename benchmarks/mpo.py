@@ -1,4 +1,4 @@
-"""Matrix product operators against what they compete with, at equal bytes, on the demo model and on a large matrix; no healing.
+"""Matrix product operators against what they compete with, at equal bytes, on the demo model; no healing.
 
     python benchmarks/mpo.py --json out.json --picture out.png
     python benchmarks/mpo.py --quick --json out.json      # one size, few windows; no bars
@@ -12,9 +12,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import resource
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -131,46 +128,13 @@ def bars(points: list[Any], keeps: tuple[float, ...]) -> list[dict[str, Any]]:
     return rows
 
 
-def large_matrix(size: int) -> None:
-    """One matrix, three sites, against the output: prints seconds and the peak of memory in bytes. For a process of its own."""
-    from tensorpress.compressors.decompose.site_plans import best_fit, plans
-
-    torch.manual_seed(0)
-    weight = torch.randn(size, size) / size**0.5
-    mix = torch.randn(size, size // 4)
-    inputs = mix @ mix.T / size + 0.1 * torch.eye(size)
-    del mix
-    start = time.monotonic()
-    found, losses = best_fit(
-        plans(size, size, 3, "balanced"), size * size, weight, None, inputs, None, pivoted=True, sweeps=1, damping=1e-3
-    )
-    assert found is not None and losses
-    print(time.monotonic() - start, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-
-
-def large(sizes: tuple[int, ...], say: Callable[[str], None]) -> list[dict[str, Any]]:
-    rows = []
-    for size in sizes:
-        command = [sys.executable, __file__, "--matrix", str(size)]
-        seconds, peak = map(float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
-        say(f"{size} x {size}: {seconds:.1f} s, {peak / 1e9:.2f} GB")
-        last = size == max(sizes)
-        rows.append(row(f"{size} x {size}, 3 sites, against the output", seconds, "s", 60.0 if last else None))
-        rows.append(row(f"{size} x {size}, peak memory of the process", peak / 1e9, "GB", 2.0 if last else None))
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one size, few windows; no bars")
     parser.add_argument("--forms", action="store_true", help="all forms of `factorize` too")
-    parser.add_argument("--matrix", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--picture", type=Path, help="where to draw the size-quality curve")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    if args.matrix:
-        large_matrix(args.matrix)
-        return
     say = lambda line: Console().print(f"[dim]{line}[/]")  # noqa: E731
     keeps = KEEPS[-1:] if args.quick else KEEPS
     demo = Demo(16 if args.quick else 64, 20 if args.quick else 100)
@@ -180,7 +144,7 @@ def main() -> None:
     rows = [row(f"keep {p['keep']:g}: {p['name']}", p["ratio"], "ratio", None) for p in points]
     rows += [row(f"{line['name']} ({line['bytes']:.3f} of the bytes)", line["ratio"], "ratio", None) for line in lines]
     if not args.quick:
-        rows += bars(points, keeps) + large((1024, 2048, 4096), say)
+        rows += bars(points, keeps)
     if args.picture:
         from tensorpress.pictures.curve import draw_curve
         from tensorpress.pictures.graph import save

@@ -162,10 +162,13 @@ def pivot_rows(left: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     outputs, rank = left.shape
     packed, swaps, _ = torch.linalg.lu_factor_ex(left.double())
-    permutation, lower, upper = torch.lu_unpack(packed, swaps)
+    _, lower, upper = torch.lu_unpack(packed, swaps, unpack_pivots=False)  # as a matrix the permutation has m^2 numbers
     if not bool((upper.diagonal().abs() > 1e-300).all()):
         raise ValueError(f"the left factor has a rank below {rank}")
-    order = permutation.T.argmax(1)
+    rows = list(range(outputs))
+    for here, there in enumerate(swaps.tolist()):
+        rows[here], rows[there - 1] = rows[there - 1], rows[here]
+    order = torch.tensor(rows, device=left.device)
     mask = torch.zeros(outputs, dtype=torch.bool, device=left.device)
     mask[order[:rank]] = True
     below = torch.linalg.solve_triangular(lower[:rank], lower[rank:], upper=False, left=False, unitriangular=True)

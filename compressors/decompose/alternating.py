@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 import torch
 
 from tensorpress.compressors.decompose.tensor_train import canonical
-from tensorpress.compressors.decompose.weighted_low_rank import TINY, root_of, weighted_by, weighted_error
+from tensorpress.compressors.decompose.weighted_low_rank import LARGE, TINY, root_of, weighted_by, weighted_error
 
 DIRECT_UNKNOWNS, DIRECT_NUMBERS = 2048, 1 << 25
 """Largest system that is solved in closed form, and most numbers of its design matrix; above, conjugate gradients."""
 PRECISE = 1 << 14
 """Numbers of a weight up to which all is done in float64; above in float32, where the last digits of an error do not matter."""
-ITERATIONS = 12
-"""Of conjugate gradients for one core; each lowers the error."""
+ITERATIONS, FEW = 12, 3
+"""Of conjugate gradients for one core, each of which lowers the error; and for weights that are `LARGE`, where each takes a second."""
 
 
 def refine(
@@ -28,7 +28,7 @@ def refine(
     outputs: torch.Tensor | None = None,
     *,
     sweeps: int = 2,
-    iterations: int = ITERATIONS,
+    iterations: int | None = None,
     direct: bool = True,
 ) -> tuple[list[torch.Tensor], list[float]]:
     """Cores [d_{k-1}, i_k, j_k, d_k] that approximate `weight` [m, n] better; and tr(G D H D^T) before, and after each core.
@@ -42,6 +42,7 @@ def refine(
     h = None if inputs is None else inputs.to(precise)
     g = None if outputs is None else outputs.to(precise)
     moving = [core.to(precise) for core in canonical(cores, 0)]
+    iterations = iterations or (ITERATIONS if weight.numel() < LARGE else FEW)
     problem = _Problem(w, h, g)
     errors = [problem.error(moving)]
     places = [k for _ in range(sweeps) for k in (*range(len(moving)), *range(len(moving) - 2, -1, -1))]

@@ -64,7 +64,9 @@ class Walk:
         if config.way == "measured":
             summary["profile"] = {path: curve.measured for path, curve in found.items()}
             causal = self.structure.kind == "causal"
-            summary["profile_unit"] = "nats a token" if causal else "half the squared change of a token's last hidden state"
+            summary["profile_unit"] = (
+                "nats a token" if causal else "half the squared change of a token's last hidden state"
+            )
         names = [row.detail.get("plan", "dense") for row in rows]
         summary["plans"] = {name: names.count(name) for name in dict.fromkeys(names)}
         return rows, summary

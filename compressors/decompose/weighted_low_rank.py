@@ -15,6 +15,8 @@ from tensorpress.kernels.pivoted_mpo_linear import pivot_rows
 
 DAMPING = 1e-3
 """Share of the mean diagonal that is added to the second moment of the outputs' gradients, which is singular where few were seen."""
+LARGE = 1 << 22
+"""Numbers of a weight from which on products of n^3 multiply-adds are taken in float32."""
 TINY = 1e-9
 """The same for the inputs', where a root of it has to be taken: only against rounding."""
 
@@ -117,11 +119,12 @@ def damped(moment: torch.Tensor, damping: float) -> torch.Tensor:
 def weighted_error(
     difference: torch.Tensor, inputs: torch.Tensor | None = None, outputs: torch.Tensor | None = None
 ) -> float:
-    """tr(G D H D^T) of a difference D [m, n] of weights, in float64; both moments as in `weighted_svd`, undamped."""
-    d = difference.double()
-    right = weighted_by(d, None if inputs is None else inputs.double())
-    left = d.T if outputs is None else weighted_by(d.T, outputs.double())
-    return float((left * right.T).sum().clamp(min=0))
+    """tr(G D H D^T) of a difference D [m, n] of weights, in float64, above `LARGE` numbers in float32; both moments as in `weighted_svd`, undamped."""
+    precise = torch.float64 if difference.numel() < LARGE else torch.float32
+    d = difference.to(precise)
+    right = weighted_by(d, None if inputs is None else inputs.to(precise))
+    left = d.T if outputs is None else weighted_by(d.T, outputs.to(precise))
+    return float((left * right.T).sum(dtype=torch.float64).clamp(min=0))
 
 
 def low_rank_layer(

@@ -186,7 +186,8 @@ class GPTQ(Compressor):
     use: Literal["gptq"] = "gptq"
     bits: Literal[2, 3, 4, 8] = Field(4, description="bits of a weight")
     bits_for: dict[str, Literal[2, 3, 4, 8, 16]] = Field(
-        {}, description="other bits for layers by patterns on their paths, such as {'*.outer': 8}; 16 leaves a layer as it is"
+        {},
+        description="other bits for layers by patterns on their paths, such as {'*.outer': 8}; 16 leaves a layer as it is",
     )
     group_size: int = Field(128, description="inputs that share a scale; -1: the whole row")
     symmetric: bool = Field(True, description="grid symmetric around zero")
@@ -272,9 +273,7 @@ class GPTQ(Compressor):
         )
         packed = self._packed(layer, integers, scales, zeros, size, bits)
         set_module(model, path, packed)
-        nearest = Grid(scales.repeat_interleave(size, 1), zeros.repeat_interleave(size, 1), bits).round(
-            weight.double()
-        )
+        nearest = Grid(scales.repeat_interleave(size, 1), zeros.repeat_interleave(size, 1), bits).round(weight.double())
         return LayerReport(
             layer=path,
             action=f"gptq {bits} bits",
