@@ -196,9 +196,11 @@ class MPO(Compressor):
                 clamped += self.bond_dimension > plan.full_bond
         if clamped:
             found.append(f"the bond dimension of {clamped} layers is their full bond, below {self.bond_dimension}")
+        if self.metric == "weights":
+            return found
         widest = max(row.detail["shape"][1] for row in rows)
         tokens = calibration.windows.numel()
-        if self.metric != "weights" and tokens < widest:
+        if tokens < widest:
             found.append(
                 f"calibration has {tokens} tokens, fewer than the {widest} inputs of the widest layer: what they do not show "
                 "counts by the damping alone; use more samples"
