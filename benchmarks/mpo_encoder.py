@@ -36,7 +36,6 @@ SVD = {"use": "mpo", "plans": "low_rank", "pivots": False, "allocation": "unifor
 FORMS: dict[str, dict[str, Any]] = {
     "plain MPO, 2 sites": PLAIN,
     "whitened SVD": {**SVD, "metric": "inputs"},
-    "mpo, uniform": {"use": "mpo", "allocation": "uniform"},
     "mpo, expected loss": {"use": "mpo"},
 }
 BARS = {0.8: 81.7, 0.6: 80.3, 0.5: 79.0}
@@ -139,7 +138,6 @@ def measured(encoder: Encoder, keeps: tuple[float, ...], minutes: float, barred:
                 time.monotonic() - start,
             )
         start = time.monotonic()
-        model, _ = encoder.made({"use": "mpo", "keep": keep}) if not minutes else (model, None)
         model, packed = encoder.made({"use": "gptq", "bits": 4}, model)
         size = sum(r.bytes_after for r in packed.layers) / sum(r.bytes_before for r in report.layers)
         add(f"keep {keep:g}: the same and 4 bits", encoder.score(model), None, size, time.monotonic() - start)
