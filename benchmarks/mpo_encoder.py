@@ -128,7 +128,7 @@ def measured(encoder: Encoder, keeps: tuple[float, ...], minutes: float, barred:
             add(f"keep {keep:g}: {name}", encoder.score(model), bar, share(report), time.monotonic() - start)
         if minutes:
             start = time.monotonic()
-            heal = {"use": "distill", "minutes": minutes, "learning_rate": 3e-4, "batch_tokens": 2048}
+            heal = {"use": "distill", "minutes": minutes, "learning_rate": 2e-4, "batch_tokens": 2048}
             model, _ = encoder.made(heal, model)
             add(
                 f"keep {keep:g}: the same, healed",

@@ -60,7 +60,9 @@ class Distill(Compressor):
     use: Literal["distill"] = "distill"
     tokens: int | None = Field(None, ge=1, description="training tokens")
     minutes: float | None = Field(None, gt=0, description="training time, instead of `tokens`; not reproducible")
-    learning_rate: float = Field(1e-3, gt=0, description="peak; 1e-3 suits some millions of parameters, 1e-4 a billion")
+    learning_rate: float = Field(
+        1e-3, gt=0, description="peak; 1e-3 suits some millions of parameters, 2e-4 those decomposed, 1e-4 a billion"
+    )
     batch_tokens: int = Field(4096, ge=1, description="tokens of one step")
     length: int | None = Field(
         None, ge=2, description="tokens of a window; that of the calibration windows if not given"

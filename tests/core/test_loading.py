@@ -348,7 +348,10 @@ FIRST = "model.layers.0.mlp.up_proj"
     [
         (
             lambda q: q["layers"][FIRST].update(form="tucker"),
-            ["unknown form 'tucker'", "known: mpo, pivoted_mpo, shared_mpo, shared_experts, low_rank, gptq, block_diagonal, semi_structured, sum, removed"],
+            [
+                "unknown form 'tucker'",
+                "known: mpo, pivoted_mpo, shared_mpo, shared_experts, low_rank, gptq, block_diagonal, semi_structured, sum, removed",
+            ],
         ),
         (lambda q: q.update(format_version=2), ["artifact format 2 is newer than this tensorpress reads .1."]),
         (
