@@ -34,7 +34,7 @@ class MPO(Compressor):
     each with the inputs that the compressed blocks before it give, and choose among site plans by that error at equal bytes.
 
     Report: `error_after` is the relative Frobenius error of the weight for `weights`, else the relative error of the output (root of the
-    share of tr(G W H W^T) that is lost), `error_before` that of a plain TT-SVD of the same bytes.
+    share of tr(W H W^T) that is lost, W with its compensation); `error_before` is 0.
     """
 
     use: Literal["mpo"] = "mpo"
@@ -123,7 +123,7 @@ class MPO(Compressor):
         before, after = sum(r.parameters_before for r in rows), sum(r.parameters_after for r in rows)
         dense = sum(r.action == "dense" for r in rows)
         summary: dict[str, Any] = {"kept": after / before, "layers": len(rows), "left_dense": dense, **found}
-        notes = self._notes(model, rows, structure, calibration)
+        notes = self._notes(rows, calibration)
         if notes:
             summary["note"] = "; ".join(notes)
         return model, Report(rows, summary)
@@ -183,9 +183,7 @@ class MPO(Compressor):
         report.seconds = round(time.monotonic() - start, 3)
         return report
 
-    def _notes(
-        self, model: PreTrainedModel, rows: list[LayerReport], structure: Structure, calibration: Calibration
-    ) -> list[str]:
+    def _notes(self, rows: list[LayerReport], calibration: Calibration) -> list[str]:
         found = []
         if all(row.action == "dense" for row in rows):
             found.append("every layer stays dense: none has a bond dimension that saves at this size")

@@ -16,6 +16,7 @@ import torch
 from pydantic import Field, field_validator
 
 from tensorpress.compressors.base import Calibration, Compressor, LayerReport, Report
+from tensorpress.compressors.decompose.alternating import conjugate_gradients
 from tensorpress.compressors.decompose.mpo_rows import dense_row
 from tensorpress.compressors.decompose.site_plans import WORD, most_sites
 from tensorpress.compressors.decompose.tensor_train import canonical, capped_bonds, decompose, factors, parameters
@@ -282,17 +283,6 @@ def _descend_center(layers: list[Cores], targets: Sequence[torch.Tensor]) -> Non
         return torch.stack(parts).sum(0)
 
     wanted = torch.stack([moved for _, _, moved in systems]).sum(0)
-    core = layers[0][middle]
-    rest = wanted - apply(core)
-    direction, size = rest, float(rest.square().sum())
-    floor = 1e-28 * float(wanted.square().sum())
-    for _ in range(STEPS):
-        if size <= floor:
-            break
-        image = apply(direction)
-        step = size / max(float((direction * image).sum()), 1e-300)
-        core, rest = core + step * direction, rest - step * image
-        now = float(rest.square().sum())
-        direction, size = rest + now / size * direction, now
+    core = conjugate_gradients(apply, wanted, layers[0][middle], STEPS)
     for cores in layers:
         cores[middle] = core

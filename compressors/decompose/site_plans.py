@@ -96,7 +96,7 @@ def plans(outputs: int, inputs: int, sites: int, which: Literal["auto", "balance
 
 @dataclass
 class Fitted:
-    """A layer that a plan was fitted to, and how well: tr(G D H D^T) of the weight as it is stored."""
+    """A layer that a plan was fitted to, and how well: tr(G D H D^T), before the weight is rounded to its precision."""
 
     plan: SitePlan
     bond: int

@@ -19,12 +19,12 @@ from tensorpress.compressors.base import Calibration, Compressor, LayerReport, R
 from tensorpress.compressors.decompose.site_plans import WORD, mpo_layer
 from tensorpress.compressors.decompose.tensor_train import bond_spectra, least_numbers, parameters, rounded
 from tensorpress.compressors.decompose.weighted_low_rank import low_rank_layer
-from tensorpress.compressors.recover.distill import Distill
+from tensorpress.compressors.recover.distill import Distill, _Training
 from tensorpress.errors import InputError
 from tensorpress.kernels.low_rank_linear import LowRankLinear
 from tensorpress.kernels.mpo_linear import MPOLinear
 from tensorpress.kernels.pivoted_mpo_linear import PivotedMPOLinear
-from tensorpress.structure import Structure, set_module
+from tensorpress.structure import Structure, find_structure, set_module
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,8 +77,6 @@ class Squeeze(Compressor):
             self._tuning().check(model, structure)
 
     def compress(self, model: PreTrainedModel, calibration: Calibration) -> tuple[PreTrainedModel, Report]:
-        from tensorpress.structure import find_structure
-
         structure = find_structure(model)
         self.check(model, structure)
         work = _Squeezing(self, model, structure, calibration)
@@ -183,8 +181,6 @@ class _Squeezing:
         return row.error_after
 
     def _loss(self) -> float:
-        from tensorpress.compressors.recover.distill import _Training
-
         return _Training(self.config._tuning(), self.model, self.structure, self.calibration).validation_loss()
 
     def _snapshot(self) -> tuple[dict[str, Squeezable], dict[str, torch.Tensor]]:
