@@ -124,7 +124,7 @@ def test_a_core_is_solved_in_closed_form(seed, rows, columns):
             nudged = [*closed]
             nudged[k] = closed[k] + 1e-3 * torch.randn_like(closed[k])
             assert problem.error(nudged) >= problem.error(closed) * (1 - 1e-12)
-        assert problem.error(closed) <= before
+        assert problem.error(closed) <= before * (1 + 1e-12)
 
 
 def test_what_can_be_exact_is_found(seed):
