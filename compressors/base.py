@@ -81,6 +81,11 @@ class Compressor(Method):
     """Kinds of model that the method can handle."""
     may_not_follow: ClassVar[Mapping[str, str]] = {}
     """Methods that it cannot come after, each with the reason."""
+    works_on: ClassVar[tuple[str, ...]] = ()
+    """Methods whose layers it works on: behind one of these, `check_layers` waits until the step runs."""
+
+    def check_layers(self, model: PreTrainedModel) -> None:
+        """Refuse a model that has none of the layers that earlier steps should have made. Raises InputError."""
 
     def check(self, model: PreTrainedModel, structure: Structure) -> None:
         """Refuse, before any work, a model that the method cannot handle. Raises InputError."""

@@ -109,25 +109,47 @@ def expected_bytes(plan: Plan, job: Job) -> int:
     width = stored_dtype(folder).itemsize
     dense = {path: float(count) for path, count in plan.layers.items()}
     fixed = bytes_of(weight_files(folder)) - width * sum(dense.values())
-    decomposed = 0.0
+    cores = factors = 0.0  # numbers of matrix product operators, and of low ranks, which gptq quantizes
     for config in (link["config"] for link in job.chain):
         if config["use"] == "finercut":
-            dense = {path: count * (1 - config["remove"]) for path, count in dense.items()}
-            decomposed *= 1 - config["remove"]
-        elif config["use"] in ("mpo", "factorize") and config["keep"] is not None:
-            for path in [p for p in dense if any(fnmatch.fnmatchcase(p, pattern) for pattern in config["layers"])]:
-                decomposed += width * dense.pop(path) * config["keep"]
-        elif config["use"] == "mpo" and config["bytes"] is not None:
+            left = 1 - config["remove"]
+            dense = {path: count * left for path, count in dense.items()}
+            cores, factors = cores * left, factors * left
+        elif config["use"] in ("mpo", "factorize"):
             named = [p for p in dense if any(fnmatch.fnmatchcase(p, pattern) for pattern in config["layers"])]
-            decomposed += min(config["bytes"], width * sum(dense.pop(path) for path in named))
+            numbers = sum(dense[path] for path in named)
+            kept = _kept_numbers(config, numbers)
+            if kept is None:
+                continue
+            dense = {path: count for path, count in dense.items() if path not in named}
+            if _of_low_rank(config):
+                factors += kept
+            else:
+                cores += kept
         elif config["use"] == "squeeze":
-            decomposed *= config["keep"]
+            cores, factors = cores * config["keep"], factors * config["keep"]
         elif config["use"] == "gptq":
             group = config["group_size"] if config["group_size"] > 0 else 4096
             bits = config["bits"] + (16 + config["bits"]) / group
-            fixed += sum(dense.values()) * bits / 8
-            dense = {}
-    return round(fixed + decomposed + width * sum(dense.values()))
+            fixed += (sum(dense.values()) + factors) * bits / 8
+            dense, factors = {}, 0.0
+    return round(fixed + width * (cores + factors + sum(dense.values())))
+
+
+def _kept_numbers(config: dict[str, Any], numbers: float) -> float | None:
+    """Of the `numbers` of the weights that a step decomposes, those that it keeps; None where its settings do not tell."""
+    if config["keep"] is not None:
+        return float(config["keep"]) * numbers
+    if config.get("bytes") is not None:  # told for 16 bits a number
+        return min(numbers, config["bytes"] / 2)
+    return None
+
+
+def _of_low_rank(config: dict[str, Any]) -> bool:
+    """Whether most of what a step makes are two linear layers in place of one."""
+    if config["use"] == "factorize":
+        return config["form"] in ("svd", "whitened_svd", "asvd")
+    return config["metric"] != "weights" and config["plans"] != "balanced"
 
 
 def _measured_seconds(store: Store, root: str) -> list[dict[str, Any]]:

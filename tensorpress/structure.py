@@ -113,6 +113,12 @@ def linear_weight(layer: nn.Module) -> torch.Tensor:
     return layer.weight
 
 
+def is_whole(model: nn.Module, path: str) -> bool:
+    """Whether a dense layer stands at a path that is not itself a factor of a layer of low rank."""
+    parent = model.get_submodule(path.rpartition(".")[0])
+    return isinstance(model.get_submodule(path), DENSE) and not isinstance(parent, LowRankLinear)
+
+
 def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
     """Put `module` at the dotted `path` of `model`, with the training mode of what stood there."""
     parent, _, name = path.rpartition(".")

@@ -21,11 +21,10 @@ from tensorpress.compressors.decompose.mpo_rows import dense_row
 from tensorpress.compressors.decompose.site_plans import WORD, most_sites
 from tensorpress.compressors.decompose.tensor_train import canonical, capped_bonds, decompose, factors, parameters
 from tensorpress.errors import InputError
-from tensorpress.kernels.low_rank_linear import LowRankLinear
 from tensorpress.kernels.mpo_contraction import merge
 from tensorpress.kernels.mpo_linear import mpo_to_matrix
 from tensorpress.kernels.shared_mpo_linear import SharedCore, SharedMPOLinear
-from tensorpress.structure import DENSE, Structure, find_structure, linear_shape, linear_weight, set_module
+from tensorpress.structure import Structure, find_structure, is_whole, linear_shape, linear_weight, set_module
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -146,12 +145,6 @@ class Share(Compressor):
             report.detail |= {"group": paths[0], "out_factors": rows, "in_factors": columns, "bonds": bonds}
             report.seconds = round((time.monotonic() - start) / len(paths), 3)
         return reports
-
-
-def is_whole(model: PreTrainedModel, path: str) -> bool:
-    """Whether a dense layer stands at a path that is not itself a factor of a layer of low rank."""
-    parent = model.get_submodule(path.rpartition(".")[0])
-    return isinstance(model.get_submodule(path), DENSE) and not isinstance(parent, LowRankLinear)
 
 
 def fit_shared(weights: Sequence[torch.Tensor], separate: Sequence[Cores], sweeps: int) -> list[Cores]:

@@ -100,10 +100,10 @@ class Distill(Compressor):
         start = time.monotonic()
         structure = find_structure(model)
         self.check(model, structure)
-        training = _Training(self, model, structure, calibration)
+        training = Training(self, model, structure, calibration)
         stored = {p.dtype for p in model.parameters() if p.is_floating_point()}
         before = training.validation_loss() if stored != {torch.float32} else None
-        with _masters(model, self.trained(model)) as parameters:
+        with masters(model, self.trained(model)) as parameters:
             initial = [] if before is None else [p.detach().clone() for p in parameters]
             training.run(parameters)
         after = training.best
@@ -151,7 +151,7 @@ def schedule(progress: float) -> float:
 
 
 @dataclass
-class _Training:
+class Training:
     """One training: what it works on, and what has come of it so far."""
 
     config: Distill
@@ -281,7 +281,7 @@ class _Training:
 
 
 @contextmanager
-def _masters(model: PreTrainedModel, trained: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+def masters(model: PreTrainedModel, trained: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     """All floating parameters in float32, those to be trained with gradients; afterwards dtypes, flags and kernels are as they were.
 
     Compressed layers are computed by the kernel that has gradients meanwhile. A tied weight is one parameter.

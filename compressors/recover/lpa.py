@@ -17,13 +17,12 @@ from pydantic import Field, model_validator
 from tensorpress.compressors.base import Calibration, Compressor, LayerReport, Report
 from tensorpress.compressors.calibration import BlockInputs, walk
 from tensorpress.compressors.decompose.mpo_rows import dense_row
-from tensorpress.compressors.decompose.share import is_whole
 from tensorpress.compressors.decompose.site_plans import WORD
 from tensorpress.compressors.decompose.weighted_low_rank import low_rank_layer, weighted_error, weighted_svd
 from tensorpress.compressors.moments import SecondMoment
 from tensorpress.errors import InputError
 from tensorpress.kernels.low_rank_linear import low_rank_numbers
-from tensorpress.structure import Block, Structure, find_structure, linear_shape, linear_weight, set_module
+from tensorpress.structure import Block, Structure, find_structure, is_whole, linear_shape, linear_weight, set_module
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

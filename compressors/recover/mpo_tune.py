@@ -15,7 +15,6 @@ from tensorpress.compressors.recover.distill import Distill
 from tensorpress.errors import InputError
 from tensorpress.kernels.mpo_linear import MPOLinear
 from tensorpress.kernels.pivoted_mpo_linear import PivotedMPOLinear
-from tensorpress.structure import Structure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,8 +40,9 @@ class MPOTune(Distill):
     use: Literal["mpo_tune"] = "mpo_tune"  # type: ignore[assignment]
     train: Literal["auxiliary", "central", "all"] = Field("auxiliary", description="which cores are trained")
 
-    def check(self, model: PreTrainedModel, structure: Structure) -> None:
-        super().check(model, structure)
+    works_on: ClassVar[tuple[str, ...]] = ("mpo",)
+
+    def check_layers(self, model: PreTrainedModel) -> None:
         if not _layers(model):
             raise InputError(
                 "mpo_tune: no layer is a matrix product operator of three or more cores; put it behind mpo with plans: balanced and sites: 3, or 5"
@@ -61,6 +61,7 @@ class MPOTune(Distill):
         return found
 
     def compress(self, model: PreTrainedModel, calibration: Calibration) -> tuple[PreTrainedModel, Report]:
+        self.check_layers(model)
         model, report = super().compress(model, calibration)
         cores = sum(core.numel() for layer in _layers(model) for core in layer.cores)
         report.summary["trainable_share"] = report.summary["trainable_parameters"] / cores

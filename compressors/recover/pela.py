@@ -18,13 +18,12 @@ from torch import nn
 
 from tensorpress.compressors.base import Calibration, Compressor, LayerReport, Report
 from tensorpress.compressors.decompose.mpo_rows import dense_row
-from tensorpress.compressors.decompose.share import is_whole
 from tensorpress.compressors.decompose.site_plans import WORD
 from tensorpress.compressors.decompose.weighted_low_rank import low_rank_layer, weighted_svd
-from tensorpress.compressors.recover.distill import Distill, _masters, _Training
+from tensorpress.compressors.recover.distill import Distill, Training, masters
 from tensorpress.errors import InputError
 from tensorpress.kernels.low_rank_linear import LowRankLinear, low_rank_numbers
-from tensorpress.structure import Structure, find_structure, linear_shape, linear_weight, set_module
+from tensorpress.structure import Structure, find_structure, is_whole, linear_shape, linear_weight, set_module
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -134,7 +133,7 @@ class PELA(Compressor):
         training = _FeatureTraining(
             config, model, structure, calibration, feature_weight=self.feature_weight, bound=self.bound, factors=factors
         )
-        with _masters(model, config.trained(model)) as parameters:
+        with masters(model, config.trained(model)) as parameters:
             training.run(parameters)
         return {
             "improved": training.best_step > 0,
@@ -150,7 +149,7 @@ class PELA(Compressor):
 
 
 @dataclass
-class _FeatureTraining(_Training):
+class _FeatureTraining(Training):
     """Distillation with the outputs of the blocks besides those of the model, and factors that stay near where they were."""
 
     feature_weight: float = 1.0

@@ -19,7 +19,7 @@ from tensorpress.compressors.base import Calibration, Compressor, LayerReport, R
 from tensorpress.compressors.decompose.site_plans import WORD, mpo_layer
 from tensorpress.compressors.decompose.tensor_train import bond_spectra, least_numbers, parameters, rounded
 from tensorpress.compressors.decompose.weighted_low_rank import low_rank_layer
-from tensorpress.compressors.recover.distill import Distill, _Training
+from tensorpress.compressors.recover.distill import Distill, Training
 from tensorpress.errors import InputError
 from tensorpress.kernels.low_rank_linear import LowRankLinear
 from tensorpress.kernels.mpo_linear import MPOLinear
@@ -64,8 +64,13 @@ class Squeeze(Compressor):
     may_not_follow: ClassVar[Mapping[str, str]] = {
         "gptq": "its layers are quantized; squeeze first, then quantize",
     }
+    works_on: ClassVar[tuple[str, ...]] = ("mpo", "factorize", "lpa", "pela")
 
     def check(self, model: PreTrainedModel, structure: Structure) -> None:
+        if self.tokens:
+            self._tuning().check(model, structure)
+
+    def check_layers(self, model: PreTrainedModel) -> None:
         layers = squeezable(model)
         if not layers:
             raise InputError("squeeze: no layer is decomposed; put it behind mpo")
@@ -73,12 +78,11 @@ class Squeeze(Compressor):
         if self.keep * _numbers(layers) < least:
             share = least / _numbers(layers)
             raise InputError(f"squeeze: keep {self.keep:g} cannot be met; bonds of 1 are {share:.4f}")
-        if self.tokens:
-            self._tuning().check(model, structure)
 
     def compress(self, model: PreTrainedModel, calibration: Calibration) -> tuple[PreTrainedModel, Report]:
         structure = find_structure(model)
         self.check(model, structure)
+        self.check_layers(model)
         work = _Squeezing(self, model, structure, calibration)
         rows = work.run()
         return model, Report(rows, work.summary)
@@ -181,7 +185,7 @@ class _Squeezing:
         return row.error_after
 
     def _loss(self) -> float:
-        return _Training(self.config._tuning(), self.model, self.structure, self.calibration).validation_loss()
+        return Training(self.config._tuning(), self.model, self.structure, self.calibration).validation_loss()
 
     def _snapshot(self) -> tuple[dict[str, Squeezable], dict[str, torch.Tensor]]:
         state = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}

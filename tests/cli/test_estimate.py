@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -103,6 +104,41 @@ def test_memory_counts_the_original_and_training(plan_of, original, tmp_path):
     trained = estimate(plan_of(tmp_path / "a", steps=steps))
     assert trained["memory_bytes"] > 5 * model and "training" in trained["summary"]
     assert trained["nodes"][0]["note"].startswith("1,000 tokens, about ")
+
+
+GPTQ_BITS = 4 + (16 + 4) / 16
+"""Of a weight at 4 bits in groups of 16."""
+
+
+@pytest.mark.parametrize(
+    ("steps", "rest"),
+    [
+        ({"a": {"use": "mpo", "keep": 0.5}}, lambda n: 4 * n * 0.5),
+        ({"a": {"use": "mpo", "bytes": 40_000}}, lambda n: 4 * 20_000),
+        ({"a": {"use": "mpo", "bytes": 10**9}}, lambda n: 4 * n),
+        ({"a": {"use": "mpo", "bond_dimension": 4}}, lambda n: 4 * n),  # its settings do not tell
+        ({"a": {"use": "mpo", "keep": 0.5}, "b": {"use": "squeeze", "keep": 0.5}}, lambda n: 4 * n * 0.25),
+        ({"a": {"use": "factorize", "form": "kronecker", "keep": 0.25}}, lambda n: 4 * n * 0.25),
+        ({"a": {"use": "mpo", "keep": 0.5}, "b": {"use": "gptq", "group_size": 16}}, lambda n: n * 0.5 * GPTQ_BITS / 8),
+        (
+            {"a": {"use": "mpo", "keep": 0.5, "plans": "balanced"}, "b": {"use": "gptq", "group_size": 16}},
+            lambda n: 4 * n * 0.5,
+        ),
+        (
+            {"a": {"use": "factorize", "form": "svd", "keep": 0.5}, "b": {"use": "gptq", "group_size": 16}},
+            lambda n: n * 0.5 * GPTQ_BITS / 8,
+        ),
+    ],
+)
+def test_bytes_by_the_settings(plan_of, original, tmp_path, steps, rest):
+    names = list(steps)
+    chained = {name: {**step, "after": "model"} for name, step in steps.items()}
+    for before, name in itertools.pairwise(names):
+        chained[name]["after"] = before
+    plan = plan_of(tmp_path / "a", steps=chained)
+    numbers = sum(plan.layers.values())
+    whole = sum(path.stat().st_size for path in original.glob("*.safetensors"))
+    assert estimate(plan)["nodes"][-1]["bytes"] == pytest.approx(whole - 4 * numbers + rest(numbers), abs=1)
 
 
 def test_short_config():

@@ -67,3 +67,20 @@ def test_a_plan_names_the_bytes_that_a_run_then_has(recipe, prefect_api, monkeyp
     assert again.code == 0, again.err
     (node,) = json.loads(Path("p2.json").read_text())["nodes"]
     assert 0 < node["bytes"] < made["decompose"]
+
+
+def test_steps_on_decomposed_layers_ask_for_the_step_that_makes_them(
+    recipe, prefect_api, monkeypatch, tensorpress_run
+):
+    monkeypatch.setenv("PREFECT_API_URL", prefect_api)
+    balanced = {"use": "mpo", "after": "model", "keep": 0.6, "plans": "balanced", "sites": 3, "multiple": 1}
+    tune = {"use": "mpo_tune", "tokens": 64, "batch_tokens": 64, "length": 32}
+    squeeze = {"use": "squeeze", "keep": 0.8, "tokens": 0}
+    whole = {"decompose": balanced, "tune": {**tune, "after": "decompose"}, "press": {**squeeze, "after": "tune"}}
+    path = recipe(steps=whole, evaluate=["size"])
+    assert tensorpress_run("run", path, "--json", "run.json").code == 0
+    nodes = [a["node"] for a in json.loads(Path("run.json").read_text())["artifacts"]]
+    assert nodes == [*whole]
+    for step in (tune, squeeze):
+        refused = tensorpress_run("validate", recipe(steps={"s": {**step, "after": "model"}}))
+        assert refused.code == 2 and f"steps.s: {step['use']}: no layer is" in refused.err
