@@ -38,7 +38,7 @@ build/types/tensorpress: $(STAMP)
 
 # Two at a time, a file each, so that a server is started once for the tests of a file.
 tests: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --durations 40
 
 # Known vulnerabilities of what is pinned, where their data can be reached; else says what was compared instead.
 audit: $(STAMP)

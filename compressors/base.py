@@ -84,11 +84,11 @@ class Compressor(Method):
     works_on: ClassVar[tuple[str, ...]] = ()
     """Methods whose layers it works on: behind one of these, `check_layers` waits until the step runs."""
 
-    def check_layers(self, model: PreTrainedModel) -> None:
-        """Refuse a model that has none of the layers that earlier steps should have made. Raises InputError."""
-
     def check(self, model: PreTrainedModel, structure: Structure) -> None:
         """Refuse, before any work, a model that the method cannot handle. Raises InputError."""
+
+    def check_layers(self, model: PreTrainedModel, structure: Structure) -> None:
+        """Refuse a model that has none of the layers that earlier steps should have made. Raises InputError."""
 
     @abstractmethod
     def compress(self, model: PreTrainedModel, calibration: Calibration) -> tuple[PreTrainedModel, Report]:

@@ -282,7 +282,7 @@ def _check_methods(recipe: Recipe, folder: Path, kind: Kind) -> dict[str, int]:
         try:
             node.method.check(model, structure)
             if not {before.method.use for before in recipe.ancestors(node)} & set(node.method.works_on):
-                node.method.check_layers(model)
+                node.method.check_layers(model, structure)
         except InputError as error:
             lines = (_placed(node.step, type(node.method), problem) for problem in error.problems)
             raise InputError(*lines) from None

@@ -15,6 +15,7 @@ from torch import nn
 from tensorpress.compressors.base import Calibration, Compressor, LayerReport, Report
 from tensorpress.compressors.calibration import BlockInputs, walk
 from tensorpress.compressors.moments import SecondMoment
+from tensorpress.compressors.quantize.factors import INNER, OUTER, refitted, spread_all
 from tensorpress.errors import InputError, StepError
 from tensorpress.kernels.kernel_layer import kernel_layers
 from tensorpress.kernels.low_rank_linear import LowRankLinear
@@ -180,6 +181,9 @@ def output_error(weight: torch.Tensor, quantized: torch.Tensor, hessian: torch.T
 class GPTQ(Compressor):
     """Quantize every dense linear layer of the blocks; embeddings and the head stay as they are.
 
+    Of a layer of low rank both factors are quantized. They are first brought to the gauge in which that harms least, where pivots are given up,
+    and the outer factor is fitted anew to what the inner one has become.
+
     Report: `error_before` is the relative output error of rounding to nearest on the same grid, `error_after` that of GPTQ.
     """
 
@@ -195,15 +199,12 @@ class GPTQ(Compressor):
     damping: float = Field(0.01, gt=0, le=1, description="share of the Hessian's mean diagonal that is added to it")
 
     may_not_follow: ClassVar[Mapping[str, str]] = {"gptq": "its layers are quantized already"}
+    works_on: ClassVar[tuple[str, ...]] = ("mpo", "factorize", "lpa", "pela")
 
     def check(self, model: PreTrainedModel, structure: Structure) -> None:
         if self.group_size != -1 and self.group_size < 1:
             raise InputError(f"group_size: found {self.group_size}, expected -1 (whole row) or a positive number")
         dense = self._targets(model, structure)
-        for pattern in self.bits_for:
-            if not any(fnmatch.fnmatchcase(path, pattern) for path in structure.linear_paths):
-                known = ", ".join(structure.blocks[0].linear_paths)
-                raise InputError(f"bits_for: {pattern} matches no layer; the first block has {known}")
         if not dense and all(isinstance(layer, QuantizedLinear) for layer in kernel_layers(model)):
             raise InputError("gptq: the model has no dense linear layers left in its blocks")
         for path in dense:
@@ -217,12 +218,20 @@ class GPTQ(Compressor):
                     f"use {', '.join(str(s) for s in allowed) or 'no group'}, or -1 for the whole row"
                 )
 
+    def check_layers(self, model: PreTrainedModel, structure: Structure) -> None:
+        for pattern in self.bits_for:
+            if not any(fnmatch.fnmatchcase(path, pattern) for path in structure.linear_paths):
+                known = ", ".join(structure.blocks[0].linear_paths)
+                raise InputError(f"bits_for: {pattern} matches no layer; the first block has {known}")
+
     def compress(self, model: PreTrainedModel, calibration: Calibration) -> tuple[PreTrainedModel, Report]:
         structure = find_structure(model)
         self.check(model, structure)
+        self.check_layers(model, structure)
         if not self._targets(model, structure):
             note = "nothing was quantized: every layer is decomposed; leave some dense with mpo's `layers`"
             return model, Report([], {"bits": self.bits, "group_size": self.group_size, "layers": 0, "note": note})
+        spread_all(model, set(self._targets(model, structure)))
         rows = walk(
             model,
             structure,
@@ -251,6 +260,7 @@ class GPTQ(Compressor):
 
     def _visit(self, model: PreTrainedModel, block: Block, inputs: BlockInputs) -> list[LayerReport]:
         rows = []
+        inner: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for group in block.linear_groups:
             paths = [path for path in group if self._is_target(model, path)]
             if not paths:
@@ -258,8 +268,22 @@ class GPTQ(Compressor):
             first = model.get_submodule(paths[0])
             hessian = SecondMoment(linear_shape(first)[1], linear_weight(first).device, scale=2.0)
             inputs.observe(first, hessian.add)
-            rows += [self._quantize(model, path, hessian.matrix) for path in paths]
+            for path in paths:
+                whole = path.rpartition(".")[0]
+                if path.endswith(INNER) and self._is_factor(model, path):
+                    inner[whole] = linear_weight(model.get_submodule(path)).detach(), hessian.matrix
+                elif path.endswith(OUTER) and whole in inner:
+                    self._refit(model, whole, *inner.pop(whole))
+                rows.append(self._quantize(model, path, hessian.matrix))
         return rows
+
+    def _refit(self, model: PreTrainedModel, path: str, inner: torch.Tensor, hessian: torch.Tensor) -> None:
+        """Let the outer factor of a low rank make up for what rounding has done to the inner one."""
+        layer = model.get_submodule(path)
+        assert isinstance(layer, LowRankLinear) and isinstance(layer.inner, QuantizedLinear)
+        if layer.pivots is None and isinstance(layer.outer, nn.Linear):
+            outer = layer.outer.weight
+            outer.data = refitted(outer.detach(), inner, layer.inner.dense_weight(), hessian, self.damping)
 
     def _quantize(self, model: PreTrainedModel, path: str, hessian: torch.Tensor) -> LayerReport:
         start = time.monotonic()

@@ -15,6 +15,7 @@ from tensorpress.compressors.recover.distill import Distill
 from tensorpress.errors import InputError
 from tensorpress.kernels.mpo_linear import MPOLinear
 from tensorpress.kernels.pivoted_mpo_linear import PivotedMPOLinear
+from tensorpress.structure import Structure, find_structure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,7 +43,7 @@ class MPOTune(Distill):
 
     works_on: ClassVar[tuple[str, ...]] = ("mpo",)
 
-    def check_layers(self, model: PreTrainedModel) -> None:
+    def check_layers(self, model: PreTrainedModel, structure: Structure) -> None:
         if not _layers(model):
             raise InputError(
                 "mpo_tune: no layer is a matrix product operator of three or more cores; put it behind mpo with plans: balanced and sites: 3, or 5"
@@ -61,7 +62,7 @@ class MPOTune(Distill):
         return found
 
     def compress(self, model: PreTrainedModel, calibration: Calibration) -> tuple[PreTrainedModel, Report]:
-        self.check_layers(model)
+        self.check_layers(model, find_structure(model))
         model, report = super().compress(model, calibration)
         cores = sum(core.numel() for layer in _layers(model) for core in layer.cores)
         report.summary["trainable_share"] = report.summary["trainable_parameters"] / cores

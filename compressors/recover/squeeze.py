@@ -70,7 +70,7 @@ class Squeeze(Compressor):
         if self.tokens:
             self._tuning().check(model, structure)
 
-    def check_layers(self, model: PreTrainedModel) -> None:
+    def check_layers(self, model: PreTrainedModel, structure: Structure) -> None:
         layers = squeezable(model)
         if not layers:
             raise InputError("squeeze: no layer is decomposed; put it behind mpo")
@@ -82,7 +82,7 @@ class Squeeze(Compressor):
     def compress(self, model: PreTrainedModel, calibration: Calibration) -> tuple[PreTrainedModel, Report]:
         structure = find_structure(model)
         self.check(model, structure)
-        self.check_layers(model)
+        self.check_layers(model, structure)
         work = _Squeezing(self, model, structure, calibration)
         rows = work.run()
         return model, Report(rows, work.summary)

@@ -30,3 +30,10 @@ def test_recipes(call, refused, two_recipes, work):
         assert "exists already" in refused("recipes", "copy", "quick", name)
     assert "did you mean quick" in refused("recipes", "show", "quik")
     assert "no folder" in refused("recipes", "copy", "quick", "no/such/folder.yaml")
+
+
+@pytest.mark.parametrize("name", recipes.packaged())
+def test_every_recipe_is_valid(call, name):
+    code, out, err = call("validate", str(recipes.packaged()[name]))
+    assert code == 0, err
+    assert f"{name}: " in out

@@ -464,7 +464,7 @@ def test_bits_for_some_layers(make_model, make_calibration, make_ids, outputs, t
     save_model(model, tmp_path, torch.float32)
     torch.testing.assert_close(outputs(load(tmp_path), ids), outputs(model, ids), rtol=0, atol=1e-4)
     with pytest.raises(InputError) as caught:
-        GPTQ(bits_for={"*nothing*": 8}).check(make_model("llama"), find_structure(make_model("llama")))
+        GPTQ(bits_for={"*nothing*": 8}).check_layers(make_model("llama"), find_structure(make_model("llama")))
     one_line(caught, r"bits_for: \*nothing\* matches no layer; the first block has .*q_proj")
     with pytest.raises(ValueError, match="bits_for"):
         GPTQ(bits_for={"*": 5})

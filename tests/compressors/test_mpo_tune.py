@@ -82,7 +82,7 @@ def test_the_central_core_is_the_one_in_the_middle():
 def test_tuning_needs_three_cores(make_model, decomposed, one_line):
     for model in (make_model("llama"), decomposed(**plain(2))[0], decomposed(keep=0.5, plans="low_rank")[0]):
         with pytest.raises(InputError) as caught:
-            MPOTune(tokens=10).check_layers(model)
+            MPOTune(tokens=10).check_layers(model, find_structure(model))
         one_line(caught, "mpo_tune: no layer is a matrix product operator of three or more cores; put it behind mpo")
 
 
@@ -164,11 +164,11 @@ def test_layers_of_the_same_kind_come_back(decomposed):
 def test_bad_squeezes(make_model, decomposed, one_line):
     model = make_model("llama")
     with pytest.raises(InputError) as caught:
-        Squeeze(keep=0.5).check_layers(model)
+        Squeeze(keep=0.5).check_layers(model, find_structure(model))
     one_line(caught, "squeeze: no layer is decomposed; put it behind mpo")
     model, _ = decomposed(**plain(3))
     with pytest.raises(InputError) as caught:
-        Squeeze(keep=0.0001).check_layers(model)
+        Squeeze(keep=0.0001).check_layers(model, find_structure(model))
     one_line(caught, r"squeeze: keep 0\.0001 cannot be met; bonds of 1 are 0\.\d+")
     for fields in ({}, {"keep": 0}, {"keep": 0.5, "stride": 0}, {"keep": 0.5, "gap": -1}):
         with pytest.raises(ValueError):

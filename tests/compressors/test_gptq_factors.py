@@ -1,0 +1,110 @@
+"""Quantization of both factors of a low rank: the gauge before it, and the outer factor fitted to what the inner one became."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tensorpress.compressors.decompose.weighted_low_rank import low_rank_layer
+from tensorpress.compressors.quantize.factors import factor_pairs, refitted, spread
+from tensorpress.compressors.quantize.gptq import GPTQ, dequantized, output_error, quantize_matrix
+from tensorpress.kernels.low_rank_linear import LowRankLinear
+from tensorpress.kernels.quantized_linear import QuantizedLinear
+from tensorpress.structure import find_structure, linear_weight, set_module
+
+SHAPES = [(12, 7, 5), (7, 12, 3), (9, 9, 8), (2, 5, 1), (33, 17, 17)]
+
+
+def inputs_of(features):
+    """The moments of correlated inputs of uneven size."""
+    x = torch.randn(6 * features, features, dtype=torch.float64) @ torch.randn(features, features, dtype=torch.float64)
+    return x.T @ x / len(x)
+
+
+@pytest.mark.parametrize("pivoted", [True, False])
+@pytest.mark.parametrize(("outputs", "inputs", "rank"), SHAPES)
+def test_the_gauge_changes_no_weight(seed, outputs, inputs, rank, pivoted):
+    left, right = torch.randn(outputs, rank, dtype=torch.float64), torch.randn(rank, inputs, dtype=torch.float64)
+    bias = torch.randn(outputs, dtype=torch.float64)
+    layer = low_rank_layer(left, right, bias, torch.float64, pivoted=pivoted)
+    found = spread(layer)
+    torch.testing.assert_close(found.dense_weight(), left @ right, rtol=1e-8, atol=1e-8)
+    a, b = found.outer.weight.detach(), found.inner.weight.detach()
+    values = torch.linalg.svdvals(left @ right)[:rank]
+    for gram in (a.T @ a, b @ b.T):  # both carry the root of each singular value
+        torch.testing.assert_close(torch.linalg.eigvalsh(gram).flip(0), values, rtol=1e-6, atol=1e-6 * float(values[0]))
+    assert torch.equal(spread(layer).inner.weight, found.inner.weight)
+
+
+@pytest.mark.parametrize(("outputs", "inputs", "rank"), SHAPES)
+def test_the_outer_factor_is_the_best_for_the_rounded_inner(seed, outputs, inputs, rank):
+    """Against least squares on the inputs themselves, and against every small change of it."""
+    outer, inner = torch.randn(outputs, rank, dtype=torch.float64), torch.randn(rank, inputs, dtype=torch.float64)
+    rounded, h = inner + 0.1 * torch.randn_like(inner), inputs_of(inputs)
+    found = refitted(outer, inner, rounded, h, 0.0)
+    root = torch.linalg.cholesky(h)
+    oracle = torch.linalg.lstsq((rounded @ root).T, (outer @ inner @ root).T).solution.T
+    torch.testing.assert_close(found, oracle, rtol=1e-5, atol=1e-5 * float(oracle.abs().max()))
+
+    def error(a):
+        d = outer @ inner - a @ rounded
+        return float(((d @ h) * d).sum())
+
+    assert error(found) <= error(outer) * (1 + 1e-9)
+    for _ in range(10):
+        assert error(found + 1e-3 * torch.randn_like(found)) >= error(found) * (1 - 1e-9)
+    same = refitted(outer, inner, inner, h, 0.01)
+    torch.testing.assert_close(same, outer, rtol=1e-5, atol=1e-5 * float(outer.abs().max()))
+
+
+def test_both_make_rounding_cost_less(seed):
+    """Weights of falling spectrum at 3 bits: the error of the output, with pivots and made ready."""
+    plain, even, ready = 0.0, 0.0, 0.0
+    for _ in range(10):
+        u, v = (torch.linalg.qr(torch.randn(48, 24, dtype=torch.float64)).Q for _ in range(2))
+        layer = low_rank_layer(u * torch.linspace(1, 0.05, 24), v.T, None, torch.float64, pivoted=True)
+        weight, h = layer.dense_weight().detach(), inputs_of(48)
+        plain += output_error(weight, rounded_pair(layer, h, refit=False), h)
+        even += output_error(weight, rounded_pair(spread(layer), h, refit=False), h)
+        ready += output_error(weight, rounded_pair(spread(layer), h, refit=True), h)
+    assert ready < even < 0.8 * plain
+
+
+def rounded_pair(layer, h, *, refit):
+    inner, outer = layer.inner.weight.detach(), layer.outer.weight.detach()
+
+    def quantized(weight, moments):
+        return dequantized(*quantize_matrix(weight, moments, 3, weight.shape[1]), weight.shape[1])
+
+    low = quantized(inner, h)
+    if refit:
+        outer = refitted(outer, inner, low, h, 0.01)
+    pair = copy.deepcopy(layer)
+    pair.inner.weight.data, pair.outer.weight.data = low, quantized(outer, low @ h @ low.T)
+    return pair.dense_weight().detach()
+
+
+def test_a_model_of_low_ranks(seed, make_model, make_calibration, make_ids, plain_kernels):
+    """Every pair is quantized without pivots; one of which a factor stays at 16 bits keeps its gauge."""
+    model = make_model("llama")
+    calibration = make_calibration()
+    paths = find_structure(model).linear_paths
+    for path in paths:
+        layer = model.get_submodule(path)
+        u, s, v = torch.linalg.svd(linear_weight(layer).detach().double(), full_matrices=False)
+        rank = len(s) // 2
+        set_module(
+            model, path, low_rank_layer(u[:, :rank] * s[:rank], v[:rank], layer.bias, torch.float32, pivoted=True)
+        )
+    assert set(factor_pairs(model)) == set(paths)
+    kept = paths[0]
+    model, report = GPTQ(bits=4, group_size=16, bits_for={f"{kept}.outer": 16}).compress(model, calibration)
+    assert len(report.layers) == 2 * len(paths) - 1
+    assert factor_pairs(model) == {}
+    for path in paths:
+        layer = model.get_submodule(path)
+        assert isinstance(layer, LowRankLinear) and isinstance(layer.inner, QuantizedLinear)
+        assert (layer.pivots is not None) == (path == kept) == (type(layer.outer) is nn.Linear)
+    logits = model(input_ids=make_ids(2, 12)).logits
+    assert bool(torch.isfinite(logits).all())
