@@ -12,6 +12,7 @@ the bytes are given for these and for all weights with the embedding. 100 window
 from __future__ import annotations
 
 import argparse
+import copy
 import time
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,13 @@ from rows import finish, row
 from tensorpress.compressors.catalog import METHODS
 from tensorpress.structure import find_structure
 
-HALF, THIRD = {"use": "mpo", "keep": 0.5}, {"use": "mpo", "keep": 0.3}
+HALF, THIRD = {"use": "mpo", "keep": 0.5}, {"use": "mpo", "keep": 0.3, "plans": "low_rank"}
 FIVE = {"use": "mpo", "keep": 0.5, "plans": "balanced", "sites": 5, "multiple": 1}
-MIXED = {"use": "gptq", "bits": 4, "bits_for": {"*.outer": 8}}
+FEWER_BITS: dict[str, dict[str, Any]] = {
+    "8 bits": {"use": "gptq", "bits": 8},
+    "8 and 4 bits": {"use": "gptq", "bits": 4, "bits_for": {"*.outer": 8}},
+    "4 bits": {"use": "gptq", "bits": 4},
+}
 
 
 class Bench:
@@ -36,11 +41,10 @@ class Bench:
         self.demo = Demo(16 if quick else 64, 20 if quick else 100)
         self.start = time.monotonic()
         self.original = self.tokens(self.demo.model())
-        self.all_weights = sum(p.numel() for p in self.demo.model().parameters())
-        structure = find_structure(self.demo.model())
-        self.block_weights = sum(
-            self.demo.model().get_submodule(path).weight.numel() for path in structure.linear_paths
-        )
+        model = self.demo.model()
+        self.all_weights = sum(p.numel() for p in model.parameters())
+        paths = find_structure(model).linear_paths
+        self.block_weights = sum(model.get_submodule(path).weight.numel() for path in paths)
 
     def step(self, model: Any, config: dict[str, Any]) -> tuple[Any, Any]:
         torch.manual_seed(0)
@@ -90,9 +94,10 @@ def healed(bench: Bench, minutes: float) -> tuple[list[dict[str, Any]], float]:
         points.append(bench.point(f"{name}, healed", model, size_of(report)))
         if config is HALF:
             half = points[-1]["ratio"]
-        model, packed = bench.step(model, MIXED)
         still = sum(line.bytes_after for line in report.layers if "sites" in line.action)
-        points.append(bench.point(f"{name}, healed, cores at 8 and 4 bits", model, size_of(packed) + still))
+        for bits, fewer in FEWER_BITS.items():
+            small, packed = bench.step(copy.deepcopy(model), fewer)
+            points.append(bench.point(f"{name}, healed, factors at {bits}", small, size_of(packed) + still))
     for bits in (4, 3, 2):
         model, report = bench.step(bench.demo.model(), {"use": "gptq", "bits": bits})
         points.append(bench.point(f"GPTQ {bits} bits", model, size_of(report)))

@@ -70,6 +70,8 @@ def refusal(model: PreTrainedModel, places: int = 0) -> str | None:
     base: Any = model.model
     if base.rotary_emb.rope_type not in FIXED_ROPE:
         return f"its rotary positions are {base.rotary_emb.rope_type}"
+    if not isinstance(base.embed_tokens, nn.Embedding):
+        return f"its embedding is a {type(base.embed_tokens).__name__}"
     window = getattr(config, "sliding_window", None)
     slides = "sliding_attention" in (getattr(config, "layer_types", None) or []) or config.model_type == "mistral"
     if slides and window is not None and window < places:
@@ -88,7 +90,7 @@ def _linears(layer: Any) -> dict[str, Any]:
         names |= dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), layer.self_attn)
     if not isinstance(layer.mlp, RemovedLinear):
         names |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), layer.mlp)
-    return {name: getattr(part, name) for name, part in names.items()}
+    return {name: getattr(part, name, part) for name, part in names.items()}  # a part that has none is told as it is
 
 
 def _check_sizes(layer: Any, hidden: int, head: int) -> None:

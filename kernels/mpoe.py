@@ -1,4 +1,4 @@
-"""Experts of a mixture whose weights are matrix product operators with one central core for all experts of a block.
+"""Experts of a mixture whose weights are matrix product operators with one central core for all experts of a block, and such a mixture.
 
 Source: MPOE, Gao et al. 2022, arXiv 2203.01104 ("Parameter-efficient mixture-of-experts architecture for pre-trained language models").
 """
@@ -6,6 +6,7 @@ Source: MPOE, Gao et al. 2022, arXiv 2203.01104 ("Parameter-efficient mixture-of
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -50,14 +51,15 @@ class SharedMatrices(nn.Module):
         found.auxiliary = nn.ParameterList(torch.stack([cores[k].detach() for cores in experts]) for k in others)
         return found
 
-    def cores(self, expert: int) -> list[torch.Tensor]:
-        """All cores of one expert in their order."""
+    def cores(self, expert: int, center_learns: bool = True) -> list[torch.Tensor]:
+        """All cores of one expert in their order; the central one without gradients where it is not to learn."""
         own = [stack[expert] for stack in self.auxiliary]
-        return [*own[: self.middle], self.center, *own[self.middle :]]
+        center = self.center if center_learns else self.center.detach()
+        return [*own[: self.middle], center, *own[self.middle :]]
 
-    def matrix(self, expert: int) -> torch.Tensor:
+    def matrix(self, expert: int, center_learns: bool = True) -> torch.Tensor:
         """W_e [m, n]."""
-        return mpo_to_matrix(self.cores(expert))
+        return mpo_to_matrix(self.cores(expert, center_learns))
 
     def form(self) -> dict[str, list[int]]:
         """What rebuilds the empty form, besides the number of experts."""
@@ -82,7 +84,11 @@ class SharedExperts(nn.Module):
         self.num_experts = gate_up.experts
 
     def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        centers_learn: bool = True,
     ) -> torch.Tensor:
         """Outputs [tokens, h] for hidden states [tokens, h], the experts of each token [tokens, k] and their weights [tokens, k]."""
         result = torch.zeros_like(hidden_states)
@@ -90,8 +96,9 @@ class SharedExperts(nn.Module):
             tokens, places = torch.where(top_k_index == expert)
             if len(tokens) == 0:
                 continue
-            gate, up = nn.functional.linear(hidden_states[tokens], self.gate_up.matrix(expert)).chunk(2, dim=-1)
-            y = nn.functional.linear(ACTIVATIONS[self.activation](gate) * up, self.down.matrix(expert))
+            first, second = self.gate_up.matrix(expert, centers_learn), self.down.matrix(expert, centers_learn)
+            gate, up = nn.functional.linear(hidden_states[tokens], first).chunk(2, dim=-1)
+            y = nn.functional.linear(ACTIVATIONS[self.activation](gate) * up, second)
             result.index_add_(0, tokens, (y * top_k_weights[tokens, places, None]).to(result.dtype))
         return result
 
@@ -120,3 +127,58 @@ class SharedExperts(nn.Module):
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, {self.activation}"
+
+
+class SharedMixture(SharedExperts):
+    """A mixture of such experts with a router of its own; stands for a dense gated feed-forward, inputs and outputs [..., h].
+
+    The `active` experts with the largest logits of `router` [E, h] work on a token; the softmax over theirs weighs them. In the share
+    `core_updates` of the passes that are to give gradients, drawn by `seed`, the central cores get theirs, in the others none.
+    """
+
+    def __init__(
+        self,
+        gate_up: SharedMatrices,
+        down: SharedMatrices,
+        activation: str,
+        router: torch.Tensor,
+        *,
+        active: int,
+        core_updates: float,
+        seed: int,
+    ):
+        """Take the matrices as they are, and a copy of the router. Raises ValueError for more active experts than there are."""
+        super().__init__(gate_up, down, activation)
+        if not 1 <= active <= self.num_experts:
+            raise ValueError(f"{active} active of {self.num_experts} experts")
+        self.active, self.core_updates, self.seed = active, core_updates, seed
+        self.router = nn.Parameter(router.detach().clone())
+        self.draws = random.Random(seed)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        logits = nn.functional.linear(tokens, self.router)
+        chosen, experts = logits.to(torch.promote_types(logits.dtype, torch.float32)).topk(self.active, dim=-1)
+        found = super().forward(tokens, experts, chosen.softmax(-1), self._centers_learn())
+        return found.reshape(hidden_states.shape)
+
+    def _centers_learn(self) -> bool:
+        """Whether this pass gives the central cores gradients; drawn only where they would get some."""
+        if self.core_updates == 1 or not torch.is_grad_enabled():
+            return True
+        return self.draws.random() < self.core_updates
+
+    def spec(self) -> dict[str, object]:
+        """What rebuilds this module's empty form: the entry of the loading plug-in."""
+        own = {"active": self.active, "core_updates": self.core_updates, "seed": self.seed}
+        return {**super().spec(), "form": "shared_mixture", **own}
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any]) -> SharedMixture:
+        gate_up, down = (SharedMatrices(spec["experts"], **spec[name]) for name in ("gate_up", "down"))
+        router = torch.zeros(spec["experts"], math.prod(spec["gate_up"]["in_factors"]))
+        own = {name: spec[name] for name in ("active", "core_updates", "seed")}
+        return cls(gate_up, down, spec["activation"], router, **own)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, active={self.active}, core_updates={self.core_updates}"

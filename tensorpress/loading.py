@@ -20,6 +20,7 @@ from torch import nn
 from tensorpress.checks import check_folder, one_line, stored_in, weight_files
 from tensorpress.errors import InputError
 from tensorpress.kernels import registry
+from tensorpress.kernels.factorized_embedding import FactorizedEmbedding, TiedHead, tie_heads
 from tensorpress.kernels.kernel_layer import KernelLayer, kernel_layers
 from tensorpress.kernels.low_rank_linear import LowRankLinear
 from tensorpress.kernels.mpoe import SharedExperts
@@ -50,7 +51,17 @@ PACKED = {torch.int32: "I32", torch.int16: "I16", torch.uint8: "U8"}
 """What safetensors calls the types of packed integers."""
 SMALL = 1 << 24
 """Numbers that a model may hold beside twice its weights: buffers that are made, not read."""
-REPLACED = (KernelLayer, LowRankLinear, SumLinear, SharedExperts, RemovedLinear, RemovedAttention, RemovedNorm)
+REPLACED = (
+    KernelLayer,
+    LowRankLinear,
+    SumLinear,
+    FactorizedEmbedding,
+    TiedHead,
+    SharedExperts,
+    RemovedLinear,
+    RemovedAttention,
+    RemovedNorm,
+)
 
 
 def gptq_layers(model: nn.Module, config: dict[str, Any], files: list[Path]) -> dict[str, dict]:
@@ -105,10 +116,13 @@ def apply_layers(model: nn.Module, layers: dict[str, dict]) -> None:
             raise InputError(f"artifact: layer {path[:200]} is not in {type(model).__name__}")
         set_module(model, path, module_from_spec(spec, path, replaced))
         # An architecture's own initialisation looks for the dense weight: it must pass over what holds this module.
-        for depth in range(path.count(".") + 2):
+        # Not over what holds an embedding: it makes buffers there.
+        deepest = path.count(".") + 1
+        for depth in range(deepest if spec["form"] == "embedding" else 0, deepest + 1):
             model.get_submodule(".".join(path.split(".")[:depth]))._is_hf_initialized = True  # type: ignore[assignment]
     try:
         tie_cores(model)
+        tie_heads(model)
     except ValueError as error:
         raise InputError(f"artifact: {error}") from None
     renumber_attention(model)
@@ -117,6 +131,7 @@ def apply_layers(model: nn.Module, layers: dict[str, dict]) -> None:
 def layers_of(model: nn.Module) -> dict[str, dict]:
     """The specs of all modules of `model` that tensorpress put there: the inverse of `apply_layers`."""
     parts = {part for module in model.modules() if isinstance(module, SumLinear) for part in module.parts}
+    parts |= {module.table for module in model.modules() if isinstance(module, TiedHead)}
     return {
         path: module.spec()
         for path, module in model.named_modules()

@@ -6,15 +6,26 @@ import math
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 from torch import nn
 
 from tensorpress.errors import InputError
 from tensorpress.kernels.block_diagonal_linear import BlockDiagonalLinear
+from tensorpress.kernels.factorized_embedding import FactorizedEmbedding, TiedHead
 from tensorpress.kernels.kernel_layer import KernelLayer
 from tensorpress.kernels.low_rank_linear import LowRankLinear
 from tensorpress.kernels.mpo_linear import MPOLinear
-from tensorpress.kernels.mpoe import SharedExperts
+from tensorpress.kernels.mpoe import SharedExperts, SharedMixture
 from tensorpress.kernels.pivoted_mpo_linear import PivotedMPOLinear
 from tensorpress.kernels.quantized_linear import QuantizedLinear
 from tensorpress.kernels.semi_structured_linear import SemiStructuredLinear
@@ -28,11 +39,14 @@ FORMS = (
     "pivoted_mpo",
     "shared_mpo",
     "shared_experts",
+    "shared_mixture",
     "low_rank",
     "gptq",
     "block_diagonal",
     "semi_structured",
     "sum",
+    "embedding",
+    "tied_head",
     "removed",
     "removed_attention",
     "removed_norm",
@@ -110,6 +124,21 @@ class SharedExpertsSpec(Spec):
     gate_up: MatricesSpec
     down: MatricesSpec
     activation: Literal["silu", "swish", "gelu", "gelu_pytorch_tanh", "relu"]
+
+
+class SharedMixtureSpec(SharedExpertsSpec):
+    """`SharedMixture`."""
+
+    form: Literal["shared_mixture"]  # type: ignore[assignment]
+    active: Annotated[StrictInt, Field(ge=1)]
+    core_updates: Annotated[StrictFloat, Field(gt=0, le=1)]
+    seed: StrictInt
+
+    @model_validator(mode="after")
+    def _active(self) -> SharedMixtureSpec:
+        if self.active > self.experts:
+            raise ValueError("no more active experts than there are")
+        return self
 
 
 class LowRankSpec(Spec):
@@ -223,6 +252,38 @@ class SumSpec(Spec):
         return self
 
 
+class EmbeddingSpec(Spec):
+    """`FactorizedEmbedding`."""
+
+    form: Literal["embedding"]
+    num_embeddings: Width
+    out_factors: Widths
+    in_factors: Widths
+    bonds: Annotated[list[Width], Field(max_length=31)]
+    scale: Annotated[float, Field(allow_inf_nan=False)]
+    padding_idx: Annotated[StrictInt, Field(ge=0)] | None
+
+    @model_validator(mode="after")
+    def _sites(self) -> EmbeddingSpec:
+        if not len(self.out_factors) == len(self.in_factors) == len(self.bonds) + 1:
+            raise ValueError("n row factors, n column factors and n - 1 bonds")
+        if not self.num_embeddings <= math.prod(self.out_factors) < 2 * self.num_embeddings:
+            raise ValueError("row factors that make as many rows as there are tokens, or less than twice as many")
+        if self.padding_idx is not None and self.padding_idx >= self.num_embeddings:
+            raise ValueError("a padding_idx among the tokens")
+        return self
+
+
+class TiedHeadSpec(Spec):
+    """`TiedHead`."""
+
+    form: Literal["tied_head"]
+    in_features: Width
+    out_features: Width
+    of: Annotated[str, Field(min_length=1, max_length=200)]
+    bias: StrictBool
+
+
 class RemovedSpec(Spec):
     """`RemovedLinear`."""
 
@@ -244,7 +305,7 @@ class RemovedNormSpec(Spec):
     form: Literal["removed_norm"]
 
 
-LAYERS: dict[str, type[KernelLayer | LowRankLinear | SumLinear]] = {
+LAYERS: dict[str, type[KernelLayer | LowRankLinear | SumLinear | TiedHead]] = {
     "mpo": MPOLinear,
     "pivoted_mpo": PivotedMPOLinear,
     "shared_mpo": SharedMPOLinear,
@@ -253,6 +314,7 @@ LAYERS: dict[str, type[KernelLayer | LowRankLinear | SumLinear]] = {
     "block_diagonal": BlockDiagonalLinear,
     "semi_structured": SemiStructuredLinear,
     "sum": SumLinear,
+    "tied_head": TiedHead,
 }
 """What the forms of a linear layer are made of."""
 _checked: TypeAdapter[Any] = TypeAdapter(
@@ -260,11 +322,14 @@ _checked: TypeAdapter[Any] = TypeAdapter(
         MPOSpec
         | SharedMPOSpec
         | SharedExpertsSpec
+        | SharedMixtureSpec
         | LowRankSpec
         | GPTQSpec
         | BlockDiagonalSpec
         | SemiStructuredSpec
         | SumSpec
+        | EmbeddingSpec
+        | TiedHeadSpec
         | RemovedSpec
         | RemovedAttentionSpec
         | RemovedNormSpec,
@@ -288,6 +353,10 @@ def module_from_spec(spec: Any, path: str = "", replaced: nn.Module | None = Non
         raise InputError(explain(error, where, Spec)[0]) from None
     if spec["form"] == "shared_experts":
         return _experts(spec, where, replaced)
+    if spec["form"] == "shared_mixture":
+        return _mixture(spec, where, replaced)
+    if spec["form"] == "embedding":
+        return _embedding(spec, where, replaced)
     layer = LAYERS.get(spec["form"])
     if layer is None:
         return stub_from_spec(spec)
@@ -305,6 +374,30 @@ def _experts(spec: dict[str, Any], where: str, replaced: nn.Module | None) -> nn
         if found != module.shapes():
             raise InputError(f"{where}: stands for experts of the shapes {found}; has {module.shapes()}")
     return module
+
+
+def _embedding(spec: dict[str, Any], where: str, replaced: nn.Module | None) -> nn.Module:
+    """An embedding in the place of one of as many rows and columns. Raises InputError."""
+    if replaced is not None:
+        if not isinstance(replaced, nn.Embedding):
+            raise InputError(f"{where}: stands for a {type(replaced).__name__}, which is no embedding")
+        shape = [spec["num_embeddings"], math.prod(spec["in_factors"])]
+        wanted = [replaced.num_embeddings, replaced.embedding_dim]
+        if shape != wanted:
+            raise InputError(f"{where}: has the shape {shape}; the model's is {wanted}")
+    return FactorizedEmbedding.from_spec(spec)
+
+
+def _mixture(spec: dict[str, Any], where: str, replaced: nn.Module | None) -> nn.Module:
+    """A mixture, in the place of a feed-forward whose layers have the shapes of its experts'. Raises InputError."""
+    (joined, width), down = (
+        (math.prod(spec[name]["out_factors"]), math.prod(spec[name]["in_factors"])) for name in ("gate_up", "down")
+    )
+    layers = [linear_shape(layer) for layer in (replaced.modules() if replaced else ()) if isinstance(layer, LINEAR)]
+    fits = down == (width, joined // 2) and down in layers and sum(map(math.prod, layers)) == 3 * math.prod(down)
+    if joined != 2 * down[1] or (replaced is not None and not fits):
+        raise InputError(f"{where}: stands for layers {layers}; its experts have {(joined, width)} and {down}")
+    return SharedMixture.from_spec(spec)
 
 
 def _check_shape(where: str, spec: dict[str, Any], replaced: nn.Module) -> None:

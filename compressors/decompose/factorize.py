@@ -19,7 +19,7 @@ from tensorpress.compressors.calibration import BlockInputs, walk
 from tensorpress.compressors.decompose.form_parts import Metric
 from tensorpress.compressors.decompose.forms import PUBLISHED, Form, Kind, fit
 from tensorpress.compressors.decompose.mpo_rows import dense_row
-from tensorpress.compressors.decompose.site_plans import WORD, most_sites
+from tensorpress.compressors.decompose.site_plans import WORD, check_sites
 from tensorpress.compressors.decompose.weighted_low_rank import damped, weighted_error
 from tensorpress.compressors.moments import SecondMoment
 from tensorpress.errors import InputError
@@ -97,11 +97,8 @@ class Factorize(Compressor):
                 raise InputError(
                     f"blocks: {self.blocks} does not divide {path} of {outputs} x {inputs}; use a divisor of {most}"
                 )
-            if self.form in ("kronecker", "mpo_sparse") and self.sites > most_sites(outputs, inputs):
-                raise InputError(
-                    f"{'sites' if self.form == 'mpo_sparse' else 'form'}: {self.sites} sites; {path} of {outputs} x {inputs} carries "
-                    f"{most_sites(outputs, inputs)} at most, each with a factor above 1"
-                )
+            if self.form in ("kronecker", "mpo_sparse"):
+                check_sites(self.sites, path, outputs, inputs, "sites" if self.form == "mpo_sparse" else "form")
         form = self.chosen
         least = {path: form.smallest(*shape) for path, shape in shapes.items()}
         shares = {path: b / (WORD * math.prod(shapes[path])) for path, b in least.items() if b is not None}

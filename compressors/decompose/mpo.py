@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from tensorpress.compressors.base import Calibration, Compressor, LayerReport, Report
+from tensorpress.compressors.decompose.embeddings import check_embeddings, decompose_embeddings
 from tensorpress.compressors.decompose.mpo_rows import dense_row, spectra_of
 from tensorpress.compressors.decompose.mpo_walk import Walk
-from tensorpress.compressors.decompose.site_plans import WORD, SitePlan, fit, most_sites, plans
+from tensorpress.compressors.decompose.permutations import arrange_neurons
+from tensorpress.compressors.decompose.site_plans import WORD, SitePlan, check_sites, fit, most_sites, plans
 from tensorpress.compressors.decompose.tensor_train import capped_bonds, largest_bond
 from tensorpress.errors import InputError
 from tensorpress.structure import DENSE, Structure, find_structure, linear_shape, linear_weight, set_module
@@ -32,9 +34,11 @@ class MPO(Compressor):
     What is minimised is set by `metric`: the error of the `weights` (plain TT-SVD), of the layer's output on calibration `inputs`, or the expected
     `loss` of the model, which is the error of the output weighted with the Fisher information of the outputs. The last two work block by block,
     each with the inputs that the compressed blocks before it give, and choose among site plans by that error at equal bytes.
+    With `train_steps` the cores of a block are then trained together towards the output that it had, before the next block is looked at.
 
     Report: `error_after` is the relative Frobenius error of the weight for `weights`, else the relative error of the output (root of the
-    share of tr(W H W^T) that is lost, W with its compensation); `error_before` is 0.
+    share of tr(W H W^T) that is lost, W with its compensation), before any training; `error_before` is 0. The first row of a block has what training
+    did in `detail.block_training`: relative squared errors of the block's output on windows that were not trained on.
     """
 
     use: Literal["mpo"] = "mpo"
@@ -61,6 +65,19 @@ class MPO(Compressor):
         0.5, ge=0, le=1, description="how far a layer makes up for what those before it have changed; 0 saves memory"
     )
     damping: float = Field(1e-3, gt=0, le=1, description="share of the mean diagonal that is added to the moments")
+    arrange: bool = Field(
+        False, description="first order and scale the neurons of feed-forwards, which no output shows but site plans do"
+    )
+    train_steps: int = Field(
+        0, ge=0, description="steps of training of each block's cores towards its output; not for metric: weights"
+    )
+    learning_rate: float = Field(1e-3, gt=0, description="peak of that training")
+    embeddings: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="share of the token embedding's parameters, and of the head's, that is kept; dense if not given",
+    )
 
     needs_calibration: ClassVar[bool] = True
     may_not_follow: ClassVar[Mapping[str, str]] = {
@@ -78,6 +95,8 @@ class MPO(Compressor):
             for name, value in (("bytes", self.bytes), ("perplexity_ratio", self.perplexity_ratio)):
                 if value is not None:
                     raise ValueError(f"{name} needs metric: loss or inputs")
+            if self.train_steps:
+                raise ValueError("train_steps needs metric: loss or inputs")
             if self.plans not in (None, "balanced") or self.allocation not in (None, "uniform"):
                 raise ValueError("metric: weights has balanced plans and the uniform allocation alone")
         elif self.bond_dimension is not None and self.allocation not in (None, "uniform"):
@@ -93,15 +112,14 @@ class MPO(Compressor):
         if not targets:
             known = ", ".join(structure.blocks[0].linear_paths)
             raise InputError(f"layers: {', '.join(self.layers)} matches no dense layer; the first block has {known}")
+        if self.embeddings is not None:
+            check_embeddings(self, model)
         if self.perplexity_ratio is not None and structure.kind != "causal":
             raise InputError("perplexity_ratio: the model predicts no tokens; use keep or bytes")
         shapes = {path: linear_shape(model.get_submodule(path)) for path in targets}
-        path, shape = min(shapes.items(), key=lambda item: most_sites(*item[1]))
-        if self._plans == "balanced" and self.sites > most_sites(*shape):
-            raise InputError(
-                f"sites: {self.sites} sites; {path} of {shape[0]} x {shape[1]} carries {most_sites(*shape)} at most, "
-                "each with a factor above 1"
-            )
+        if self._plans == "balanced":
+            path, shape = min(shapes.items(), key=lambda item: most_sites(*item[1]))
+            check_sites(self.sites, path, *shape)
         if self.metric != "weights" and self.bond_dimension is None:
             least = sum(self._cheapest(*shape) for shape in shapes.values())
             dense = sum(WORD * m * n for m, n in shapes.values())
@@ -116,6 +134,7 @@ class MPO(Compressor):
         self.check(model, structure)
         targets = self._targets(model, structure)
         found: dict[str, Any] = {}
+        arranged = arrange_neurons(model, structure) if self.arrange else None
         if self.metric == "weights":
             rows = self._by_weights(model, targets, calibration)
         else:
@@ -123,9 +142,16 @@ class MPO(Compressor):
         before, after = sum(r.parameters_before for r in rows), sum(r.parameters_after for r in rows)
         dense = sum(r.action == "dense" for r in rows)
         summary: dict[str, Any] = {"kept": after / before, "layers": len(rows), "left_dense": dense, **found}
+        if arranged is not None:
+            summary["arranged"] = arranged
         notes = self._notes(rows, calibration)
         if notes:
             summary["note"] = "; ".join(notes)
+        if self.embeddings is not None:
+            tables = decompose_embeddings(self, model, structure, calibration)
+            kept = sum(row.parameters_after for row in tables)
+            summary["embeddings_kept"] = kept / sum(row.parameters_before for row in tables)
+            rows += tables
         return model, Report(rows, summary)
 
     @property

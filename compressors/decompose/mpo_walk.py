@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from tensorpress.compressors.base import Calibration, LayerReport
 from tensorpress.compressors.calibration import BlockInputs, walk
+from tensorpress.compressors.decompose.block_training import train_block
 from tensorpress.compressors.decompose.mpo_rows import dense_row, spectra_of
 from tensorpress.compressors.decompose.site_plans import WORD, Fitted, best_fit
 from tensorpress.compressors.decompose.spending import Curve, curves, scaled_by, spend
@@ -154,6 +156,10 @@ class Walk:
                 else:
                     inputs.observe(model.get_submodule(paths[0]), moments.own.add)
                 rows += [self._replace(model, path, allowances[path], moments) for path in paths]
+            if self.config.train_steps and rows:
+                seed = self.calibration.seed + block.index
+                told = train_block(inputs, self.config.train_steps, self.config.learning_rate, seed)
+                rows[0].detail["block_training"] = asdict(told)
             return rows
 
         return walk(
@@ -164,7 +170,7 @@ class Walk:
             what="mpo",
             progress=self.calibration.progress,
             scratch=scratch,
-            with_original=self.config.compensation > 0,
+            with_original=self.config.compensation > 0 or self.config.train_steps > 0,
         )
 
     def _replace(self, model: PreTrainedModel, path: str, allowance: float, moments: PairedMoments) -> LayerReport:

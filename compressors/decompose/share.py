@@ -18,7 +18,7 @@ from pydantic import Field, field_validator
 from tensorpress.compressors.base import Calibration, Compressor, LayerReport, Report
 from tensorpress.compressors.decompose.alternating import conjugate_gradients
 from tensorpress.compressors.decompose.mpo_rows import dense_row
-from tensorpress.compressors.decompose.site_plans import WORD, most_sites
+from tensorpress.compressors.decompose.site_plans import WORD, check_sites
 from tensorpress.compressors.decompose.tensor_train import canonical, capped_bonds, decompose, factors, parameters
 from tensorpress.errors import InputError
 from tensorpress.kernels.mpo_contraction import merge
@@ -76,12 +76,7 @@ class Share(Compressor):
                 f"layers: {', '.join(self.layers)} matches no dense layers of one kind and shape in several blocks"
             )
         for paths in groups:
-            outputs, inputs = linear_shape(model.get_submodule(paths[0]))
-            if self.sites > most_sites(outputs, inputs):
-                raise InputError(
-                    f"sites: {self.sites} sites; {paths[0]} of {outputs} x {inputs} carries {most_sites(outputs, inputs)} "
-                    "at most, each with a factor above 1"
-                )
+            check_sites(self.sites, paths[0], *linear_shape(model.get_submodule(paths[0])))
 
     def compress(self, model: PreTrainedModel, calibration: Calibration) -> tuple[PreTrainedModel, Report]:
         structure = find_structure(model)

@@ -20,6 +20,7 @@ from tensorpress.compressors.decompose.tensor_train import (
 )
 from tensorpress.compressors.decompose.weighted_low_rank import low_rank_layer, weighted_error, weighted_svd
 from tensorpress.compressors.decompose.weighted_tt_svd import weighted_tt_svd
+from tensorpress.errors import InputError
 from tensorpress.kernels.low_rank_linear import low_rank_numbers
 from tensorpress.kernels.mpo_linear import MPOLinear, mpo_to_matrix
 from tensorpress.kernels.pivoted_mpo_linear import PivotedMPOLinear
@@ -76,6 +77,15 @@ class SitePlan:
 def most_sites(outputs: int, inputs: int) -> int:
     """Sites that a shape can carry without one that is 1 x 1: the prime factors of the larger supply."""
     return max(1, *(sum(f > 1 for f in factors(size, 40)) for size in (outputs, inputs)))
+
+
+def check_sites(sites: int, what: str, outputs: int, inputs: int, field: str = "sites") -> None:
+    """Refuse more sites than a shape can carry. Raises InputError."""
+    most = most_sites(outputs, inputs)
+    if sites > most:
+        raise InputError(
+            f"{field}: {sites} sites; {what} of {outputs} x {inputs} carries {most} at most, each with a factor above 1"
+        )
 
 
 def plans(outputs: int, inputs: int, sites: int, which: Literal["auto", "balanced", "low_rank"]) -> list[SitePlan]:

@@ -17,7 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tensorpress.compressors.base import Calibration, Compressor, LayerReport, Progress, Report, no_progress
-from tensorpress.compressors.decompose.site_plans import WORD, most_sites
+from tensorpress.compressors.decompose.site_plans import WORD, check_sites, most_sites
 from tensorpress.compressors.decompose.tensor_train import canonical, decompose, factors, full_bonds, parameters
 from tensorpress.compressors.moments import BATCH_TOKENS
 from tensorpress.compressors.recover.distill import Distill
@@ -71,12 +71,7 @@ class Overparameterize(Compressor):
         if len(dense) < self.matrices:
             raise InputError(f"matrices: {self.matrices}; the model has {len(dense)} dense layers in its blocks")
         path = min(dense, key=lambda name: most_sites(*linear_shape(dense[name])))
-        outputs, inputs = linear_shape(dense[path])
-        if self.sites > most_sites(outputs, inputs):
-            raise InputError(
-                f"sites: {self.sites} sites; {path} of {outputs} x {inputs} carries {most_sites(outputs, inputs)} at most, "
-                "each with a factor above 1"
-            )
+        check_sites(self.sites, path, *linear_shape(dense[path]))
 
     def compress(self, model: PreTrainedModel, calibration: Calibration) -> tuple[PreTrainedModel, Report]:
         structure = find_structure(model)

@@ -264,6 +264,7 @@ def test_what_cannot_be_is_refused_before_any_work(make_model, one_line, fields,
         ({"keep": 0.5, "bytes": 3}, "one of keep"), ({"perplexity_ratio": 1.0}, "perplexity_ratio"),
         ({"bytes": 100, "metric": "weights"}, "bytes needs metric"),
         ({"keep": 0.5, "metric": "weights", "plans": "low_rank"}, "balanced plans and the uniform allocation"),
+        ({"keep": 0.5, "metric": "weights", "train_steps": 5}, "train_steps needs metric: loss or inputs"),
         ({"keep": 0.5, "metric": "weights", "allocation": "measured"}, "balanced plans and the uniform allocation"),
         ({"bond_dimension": 4, "allocation": "predicted"}, "a bond_dimension is the same for all layers"),
         ({"keep": 0.5, "probes": [0.5, 1.0]}, "probes: shares between 0 and 1"), ({"keep": 0.5, "probes": []}, "probes"),
@@ -301,3 +302,22 @@ def test_the_walk_hands_out_the_original_stream(make_model, make_ids):
     walk(model, structure, ids, visit, with_original=True, batch_tokens=16)
     for index, stream in enumerate(seen):
         torch.testing.assert_close(stream, states[index], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_blocks_are_trained_and_neurons_arranged_on_request(make_model, make_calibration, make_ids, outputs, name):
+    model, calibration = make_model(name), make_calibration(24, 16)
+    structure = find_structure(model)
+    fields = {"keep": 0.4, "metric": "inputs", "multiple": 1, "compensation": 0}
+    plain, _ = MPO(**fields).compress(copy.deepcopy(model), calibration)
+    trained, report = MPO(**fields, train_steps=40, learning_rate=2e-3).compress(copy.deepcopy(model), calibration)
+    told = {row.layer: row.detail["block_training"] for row in report.layers if "block_training" in row.detail}
+    assert list(told) == [block.linear_paths[0] for block in structure.blocks]
+    assert all(one["loss_after"] <= one["loss_before"] for one in told.values())
+    assert any(one["loss_after"] < 0.98 * one["loss_before"] and one["steps"] > 0 for one in told.values())
+    expected = outputs(model, calibration.windows)
+    losses = [float((outputs(one, calibration.windows) - expected).square().sum()) for one in (plain, trained)]
+    assert losses[1] < losses[0]
+    _, report = MPO(**fields, arrange=True).compress(copy.deepcopy(model), calibration)
+    arranged, blocks = report.summary["arranged"], len(structure.blocks)
+    assert arranged["ordered"] == blocks and (arranged["scaled"] == blocks or name != "llama")

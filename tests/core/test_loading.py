@@ -350,7 +350,7 @@ FIRST = "model.layers.0.mlp.up_proj"
             lambda q: q["layers"][FIRST].update(form="tucker"),
             [
                 "unknown form 'tucker'",
-                "known: mpo, pivoted_mpo, shared_mpo, shared_experts, low_rank, gptq, block_diagonal, semi_structured, sum, removed",
+                "known: mpo, pivoted_mpo, shared_mpo, shared_experts, shared_mixture, low_rank, gptq, block_diagonal, semi_structured, sum, embedding, tied_head, removed",
             ],
         ),
         (lambda q: q.update(format_version=2), ["artifact format 2 is newer than this tensorpress reads .1."]),

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from tensorpress.compressors.decompose.mpoe import MPOE
 from tensorpress.kernels import cpu_linear
 from tensorpress.kernels.decoder import AT_ONCE, FAMILIES, Decoder, refusal
+from tensorpress.kernels.factorized_embedding import FactorizedEmbedding
 from tensorpress.kernels.mpo_linear import MPOLinear
 from tensorpress.kernels.quantized_linear import QuantizedLinear
 from tensorpress.structure import find_structure, remove_sublayer, set_module
@@ -174,7 +176,7 @@ def test_tokens_and_lengths_that_there_are_not(make):
         decoder(torch.tensor([1]))
 
 
-def test_what_it_refuses(make, make_model):
+def test_what_it_refuses(make, make_model, make_calibration):
     assert "no decoder of the kinds" in refusal(make_model("gpt2"))
     assert "no decoder of the kinds" in refusal(make_model("bert"))
     assert "window of 8" in refusal(make("mistral", window=8), 9) and refusal(make("mistral", window=8), 8) is None
@@ -184,6 +186,12 @@ def test_what_it_refuses(make, make_model):
     model = make()
     set_module(model, "model.layers.1.mlp.up_proj", MPOLinear((4, 13), (5, 8), (3,), bias=False))
     assert refusal(model) == "up_proj of block 1 is a MPOLinear"
+    grown, _ = MPOE(experts=2, bond_dimension=4).compress(make(), make_calibration())
+    assert refusal(grown) == "gate_proj of block 0 is a SharedMixture"
+    table = FactorizedEmbedding(model.config.vocab_size, (5, 52), (5, 8), (3,))
+    model = make()
+    set_module(model, "model.embed_tokens", table)
+    assert refusal(model) == "its embedding is a FactorizedEmbedding"
 
 
 def test_bytes(make):

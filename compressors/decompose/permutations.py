@@ -1,0 +1,169 @@
+"""The order of the neurons of a feed-forward, which can be chosen freely: no output changes, but what plans of several sites make of its weights.
+
+Rows of the layers that lead in and columns of the layer that leads out are permuted together. A low rank does not depend on their order; plans that
+split a matrix into sites do, since neighbours share the cores of the other sites. Whole heads of an attention could be permuted as well, but to no avail:
+where the product of all row (or column) factors but the first divides the size of a head, that only permutes rows of the unfoldings that are cut.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from tensorpress.compressors.base import LayerReport
+from tensorpress.compressors.calibration import BlockInputs, walk
+from tensorpress.structure import DENSE, Block, Structure, linear_shape, linear_weight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TOLERANCE = 1e-4
+"""Largest relative change of an output, in float32, that counts as rounding."""
+CHUNK = 2048
+"""So many vectors at a time are compared with all others."""
+
+
+def permute_all_neurons(model: PreTrainedModel, structure: Structure) -> int:
+    """Permute the neurons of every block in place, from the weights alone; returns of how many feed-forwards."""
+    found = 0
+
+    def visit(block: Block, inputs: BlockInputs) -> list[LayerReport]:
+        nonlocal found
+        found += permute_neurons(block, inputs) is not None
+        return []
+
+    walk(model, structure, torch.tensor([[1, 2, 3, 2]]), visit)
+    return found
+
+
+def permute_neurons(block: Block, inputs: BlockInputs) -> torch.Tensor | None:
+    """Put neurons of a feed-forward side by side, in place, whose columns in the layer that leads out are alike (`alike`).
+
+    Returns the order, int64 [neurons]: neuron k is what order[k] was. None where the block is left alone: without a feed-forward of dense layers that lead
+    in and one that leads out, or where the output for noise would change (mixtures of experts, activations that tell neurons apart).
+    """
+    found = _feed_forward(block, inputs.module)
+    if found is None:
+        return None
+    order = alike(linear_weight(inputs.module.get_submodule(found.out)).detach().T)
+    return order if _reordered(inputs, found, order) else None
+
+
+@torch.no_grad()
+def alike(vectors: torch.Tensor) -> torch.Tensor:
+    """An order, int64 [m], of vectors [m, n] in which neighbours point in similar directions.
+
+    Pairs are found by greedy matching with the largest cosine, then pairs of pairs by that of their sums, as long as their number is even.
+    Takes some m^2 n multiply-adds and the memory of m `CHUNK` numbers.
+    """
+    sums = nn.functional.normalize(vectors.float(), dim=1)
+    groups = torch.arange(len(vectors), device=vectors.device)[:, None]
+    while len(groups) and len(groups) % 2 == 0:
+        first, second = _matched(nn.functional.normalize(sums, dim=1))
+        groups = torch.cat((groups[first], groups[second]), 1)
+        sums = sums[first] + sums[second]
+    return groups.flatten()
+
+
+def _matched(unit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Partners among an even number of unit vectors, greedily: those that are nearest to each other, then the same for the others."""
+    left = torch.arange(len(unit), device=unit.device)
+    pairs = []
+    while len(left):
+        nearest = _nearest(unit[left])
+        places = torch.arange(len(left), device=unit.device)
+        chosen = places[(nearest[nearest] == places) & (places < nearest)]
+        if not len(chosen):  # rounding, or vectors that are not finite
+            chosen = places[:1]
+        pairs.append((left[chosen], left[nearest[chosen]]))
+        free = torch.ones(len(left), dtype=torch.bool, device=unit.device)
+        free[chosen] = free[nearest[chosen]] = False
+        left = left[free]
+    first, second = zip(*pairs, strict=True)
+    return torch.cat(first), torch.cat(second)
+
+
+def _nearest(unit: torch.Tensor) -> torch.Tensor:
+    """For each unit vector the place of another with the largest cosine."""
+    found = []
+    for start in range(0, len(unit), CHUNK):
+        cosines = unit[start : start + CHUNK] @ unit.T
+        cosines.diagonal(start).fill_(-torch.inf)
+        found.append(cosines.argmax(1))
+    return torch.cat(found)
+
+
+@dataclass(frozen=True)
+class _FeedForward:
+    """Paths in a block of the layers that lead in, whose outputs are the neurons, once or as two halves (`joined`), and of the one that leads out."""
+
+    into: tuple[str, ...]
+    out: str
+    neurons: int
+    joined: bool
+
+    @torch.no_grad()
+    def reorder(self, module: nn.Module, order: torch.Tensor) -> None:
+        rows = torch.cat((order, order + self.neurons)) if self.joined else order
+        for path in self.into:
+            for tensor in _rows_of(module.get_submodule(path)):
+                tensor.copy_(tensor[rows])
+        weight = linear_weight(module.get_submodule(self.out))
+        weight.copy_(weight[:, order])
+
+
+def _rows_of(layer: nn.Module) -> list[torch.Tensor]:
+    """What a dense layer has for each output: its weight [m, n] and its bias [m]."""
+    bias: torch.Tensor | None = getattr(layer, "bias", None)
+    return [linear_weight(layer)] if bias is None else [linear_weight(layer), bias]
+
+
+def _feed_forward(block: Block, module: nn.Module) -> _FeedForward | None:
+    groups = block.feed_forward.linears if block.feed_forward is not None else ()
+    if len(groups) != 2 or len(groups[1]) != 1:
+        return None
+    into, (out,) = (tuple(path.removeprefix(block.path + ".") for path in group) for group in groups)
+    if not all(isinstance(module.get_submodule(path), DENSE) for path in (*into, out)):
+        return None
+    neurons = linear_shape(module.get_submodule(out))[1]
+    outputs = {linear_shape(module.get_submodule(path))[0] for path in into}
+    joined = len(into) == 1 and outputs == {2 * neurons}
+    return _FeedForward(into, out, neurons, joined) if joined or outputs == {neurons} else None
+
+
+def _reordered(inputs: BlockInputs, found: _FeedForward, order: torch.Tensor) -> bool:
+    """Reorder the block, unless in a copy of it what the block, or the layer that leads out, gives for noise changes by more than rounding."""
+    trial = copy.deepcopy(inputs.module).float()
+    before = _outputs(trial, inputs, found.out)
+    found.reorder(trial, order)
+    after = _outputs(trial, inputs, found.out)
+    same = all(float((a - b).norm()) <= TOLERANCE * float(b.norm()) for a, b in zip(after, before, strict=True))
+    if same:
+        found.reorder(inputs.module, order)
+    return same
+
+
+@torch.no_grad()
+def _outputs(module: nn.Module, inputs: BlockInputs, path: str) -> list[torch.Tensor]:
+    """What a block in float32 and a layer in it give for noise of the size of the block's inputs."""
+    states, seen = inputs.hidden[0].float(), list[torch.Tensor]()
+    noise = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)).to(states) * states.std()
+    handle = module.get_submodule(path).register_forward_hook(lambda _, args, output: seen.append(output))
+    try:
+        output = module(noise, **_float(inputs.arguments[len(states)]))
+    finally:
+        handle.remove()
+    return [output[0] if isinstance(output, tuple) else output, *seen]
+
+
+def _float(value: Any) -> Any:
+    """The floating tensors in arguments in float32."""
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return value.float()
+    if isinstance(value, dict):
+        return {key: _float(item) for key, item in value.items()}
+    return type(value)(_float(item) for item in value) if type(value) in (tuple, list) else value
