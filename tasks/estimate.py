@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
@@ -12,10 +13,10 @@ from typing import Any
 import torch
 
 from tensorpress.artifact import RECORD, Store
-from tensorpress.checks import read_config, weight_files
+from tensorpress.checks import read_config, shapes_of, weight_files
 from tensorpress.compressors.catalog import METHODS
 from tensorpress.compressors.recover.distill import MICRO_BATCH
-from tensorpress.evaluators.size import bytes_of, needed_files, original_parameters
+from tensorpress.evaluators.size import EMBEDDINGS, HEADS, bytes_of, needed_files, original_parameters
 from tensorpress.pictures.tables import human_bytes, human_seconds
 from tensorpress.source import is_compressed
 from tensorpress.tasks.planning import Job, Plan, stored_dtype, working_dtype
@@ -67,6 +68,7 @@ def short_config(use: str, config: Mapping[str, Any]) -> str:
             ("bytes", "{:,} bytes"),
             ("perplexity_ratio", "perplexity ratio {}"),
             ("sites", "{} sites"),
+            ("embeddings", "embeddings {}"),
         ],
         "factorize": [("form", "{}"), ("keep", "keep {}")],
         "mpo_tune": [("train", "{} cores"), ("tokens", "{:,} tokens"), ("minutes", "{} minutes")],
@@ -109,6 +111,7 @@ def expected_bytes(plan: Plan, job: Job) -> int:
     width = stored_dtype(folder).itemsize
     dense = {path: float(count) for path, count in plan.layers.items()}
     fixed = bytes_of(weight_files(folder)) - width * sum(dense.values())
+    tables = sum(math.prod(size) for name, size in shapes_of(folder).items() if name.endswith((*HEADS, *EMBEDDINGS)))
     cores = factors = 0.0  # numbers of matrix product operators, and of low ranks, which gptq quantizes
     for config in (link["config"] for link in job.chain):
         if config["use"] == "finercut":
@@ -119,6 +122,8 @@ def expected_bytes(plan: Plan, job: Job) -> int:
             named = [p for p in dense if any(fnmatch.fnmatchcase(p, pattern) for pattern in config["layers"])]
             numbers = sum(dense[path] for path in named)
             kept = _kept_numbers(config, numbers)
+            if config.get("embeddings") is not None:
+                fixed -= width * tables * (1 - config["embeddings"])
             if kept is None:
                 continue
             dense = {path: count for path, count in dense.items() if path not in named}

@@ -1,7 +1,6 @@
-"""Training of one block after its layers were decomposed, towards the output that it had before.
+"""Training of one block after its layers were decomposed, towards the output that the original block has.
 
-Sources: layer-wise distillation of blocks as in BRECQ, Li et al. 2021, arXiv 2102.05426 (for quantization), and Basis Sharing and other
-low-rank methods that end with an update of their factors; here with a held-out set that decides.
+Source: the reconstruction of blocks in BRECQ, Li et al. 2021, arXiv 2102.05426, there for quantization; here held-out windows decide what is kept.
 """
 
 from __future__ import annotations
@@ -71,11 +70,12 @@ def _train(
     for step in range(1, steps + 1):
         optimizer.param_groups[0]["lr"] = learning_rate * _schedule((step - 0.5) / steps)
         order = order or torch.randperm(len(data.trained), generator=generator).tolist()
+        index = order.pop()
+        scale = data.targets[index].numel()  # of the gradients on their way, which would vanish in float16
         with torch.enable_grad():
-            lost = data.loss(data.trained[order.pop()])
-        gradients = torch.autograd.grad(lost, chosen, allow_unused=True)
+            gradients = torch.autograd.grad(scale * data.loss(index), chosen, allow_unused=True)
         for master, gradient in zip(masters, gradients, strict=True):
-            master.grad = None if gradient is None else gradient.float()
+            master.grad = None if gradient is None else gradient.float() / scale
         norm = nn.utils.clip_grad_norm_(masters, 1.0)
         if not math.isfinite(float(norm)):
             break

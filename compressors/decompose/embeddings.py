@@ -319,7 +319,8 @@ def _fitted(
         inputs = damped(inputs, config.damping)
     vocabulary, width = weight.shape
     assert config.embeddings is not None
-    best, losses = None, {}
+    best: Fitted | None = None
+    losses: dict[str, float] = {}
     for plan in site_plans(config, vocabulary, width, padded=padded):
         more = math.prod(plan.rows) - vocabulary
         found, told = best_fit(

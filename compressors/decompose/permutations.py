@@ -1,13 +1,15 @@
-"""The order of the neurons of a feed-forward, which can be chosen freely: no output changes, but what plans of several sites make of its weights.
+"""What can be chosen freely in a feed-forward: the order of its neurons, and the scale of each. No output changes, but what plans of several sites make of it.
 
-Rows of the layers that lead in and columns of the layer that leads out are permuted together. A low rank does not depend on their order; plans that
-split a matrix into sites do, since neighbours share the cores of the other sites. Whole heads of an attention could be permuted as well, but to no avail:
-where the product of all row (or column) factors but the first divides the size of a head, that only permutes rows of the unfoldings that are cut.
+Rows of the layers that lead in and columns of the layer that leads out are permuted together; and where a neuron's output is proportional to one of its
+rows (the half of a gated neuron that is not activated, ReLU), that row can be divided by what the column is multiplied with. A low rank depends on neither.
+Plans that split a matrix into sites do, since neighbours share the cores of the other sites. Whole heads of an attention could be permuted as well, but to no
+avail: where the product of all row (or column) factors but the first divides the size of a head, that only permutes rows of the unfoldings that are cut.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,17 +25,19 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-4
 """Largest relative change of an output, in float32, that counts as rounding."""
+LARGEST = 4
+"""Scales are from 2^-4 to 2^4: numbers of float16 should not vanish."""
 CHUNK = 2048
 """So many vectors at a time are compared with all others."""
 
 
-def permute_all_neurons(model: PreTrainedModel, structure: Structure) -> int:
-    """Permute the neurons of every block in place, from the weights alone; returns of how many feed-forwards."""
-    found = 0
+def arrange_neurons(model: PreTrainedModel, structure: Structure) -> dict[str, int]:
+    """Order and scale the neurons of all blocks in place, from the weights alone; how many feed-forwards were `ordered` and `scaled`."""
+    found = {"ordered": 0, "scaled": 0}
 
     def visit(block: Block, inputs: BlockInputs) -> list[LayerReport]:
-        nonlocal found
-        found += permute_neurons(block, inputs) is not None
+        found["ordered"] += permute_neurons(block, inputs) is not None
+        found["scaled"] += scale_neurons(block, inputs) is not None
         return []
 
     walk(model, structure, torch.tensor([[1, 2, 3, 2]]), visit)
@@ -50,7 +54,29 @@ def permute_neurons(block: Block, inputs: BlockInputs) -> torch.Tensor | None:
     if found is None:
         return None
     order = alike(linear_weight(inputs.module.get_submodule(found.out)).detach().T)
-    return order if _reordered(inputs, found, order) else None
+    return order if _changed(inputs, found, lambda module: found.reorder(module, order), TOLERANCE) else None
+
+
+def scale_neurons(block: Block, inputs: BlockInputs) -> torch.Tensor | None:
+    """Bring columns of the layer that leads out to norms between their geometric mean and twice that, in place.
+
+    By powers of two, so that outputs stay the same to the last bit. Returns the exponents, int64 [neurons]; None where the block is left alone, as by
+    `permute_neurons`, or where no row of a neuron is one that its output is proportional to.
+    """
+    found = _feed_forward(block, inputs.module)
+    if found is None:
+        return None
+    sizes = linear_weight(inputs.module.get_submodule(found.out)).detach().float().norm(dim=0).log2()
+    usual = sizes[sizes.isfinite()].mean()
+    powers = (usual - sizes).ceil().clamp(-LARGEST, LARGEST).where(sizes.isfinite(), 0.0).long()
+    for path, rows in found.halves():
+
+        def scale(module: nn.Module, path: str = path, rows: slice = rows) -> None:
+            found.scale(module, path, rows, powers)
+
+        if _changed(inputs, found, scale, 0.0):
+            return powers
+    return None
 
 
 @torch.no_grad()
@@ -106,6 +132,13 @@ class _FeedForward:
     neurons: int
     joined: bool
 
+    def halves(self) -> Iterator[tuple[str, slice]]:
+        """Which rows the output may be proportional to; those of the last layer, or half, as a rule."""
+        for path in reversed(self.into):
+            if self.joined:
+                yield path, slice(self.neurons, None)
+            yield path, slice(self.neurons)
+
     @torch.no_grad()
     def reorder(self, module: nn.Module, order: torch.Tensor) -> None:
         rows = torch.cat((order, order + self.neurons)) if self.joined else order
@@ -114,6 +147,14 @@ class _FeedForward:
                 tensor.copy_(tensor[rows])
         weight = linear_weight(module.get_submodule(self.out))
         weight.copy_(weight[:, order])
+
+    @torch.no_grad()
+    def scale(self, module: nn.Module, path: str, rows: slice, powers: torch.Tensor) -> None:
+        weight = linear_weight(module.get_submodule(self.out))
+        factors = torch.tensor([2.0**power for power in powers.tolist()]).to(weight)
+        weight.mul_(factors)
+        for tensor in _rows_of(module.get_submodule(path)):
+            tensor[rows].div_(factors if tensor.ndim == 1 else factors[:, None])
 
 
 def _rows_of(layer: nn.Module) -> list[torch.Tensor]:
@@ -135,15 +176,15 @@ def _feed_forward(block: Block, module: nn.Module) -> _FeedForward | None:
     return _FeedForward(into, out, neurons, joined) if joined or outputs == {neurons} else None
 
 
-def _reordered(inputs: BlockInputs, found: _FeedForward, order: torch.Tensor) -> bool:
-    """Reorder the block, unless in a copy of it what the block, or the layer that leads out, gives for noise changes by more than rounding."""
-    trial = copy.deepcopy(inputs.module).float()
+def _changed(inputs: BlockInputs, found: _FeedForward, change: Callable[[nn.Module], None], tolerance: float) -> bool:
+    """Change the block, unless in a copy of it what the block, or the layer that leads out, gives for noise does not stay what it is."""
+    trial = copy.deepcopy(inputs.module).float().eval()
     before = _outputs(trial, inputs, found.out)
-    found.reorder(trial, order)
+    change(trial)
     after = _outputs(trial, inputs, found.out)
-    same = all(float((a - b).norm()) <= TOLERANCE * float(b.norm()) for a, b in zip(after, before, strict=True))
+    same = all(float((a - b).norm()) <= tolerance * float(b.norm()) for a, b in zip(after, before, strict=True))
     if same:
-        found.reorder(inputs.module, order)
+        change(inputs.module)
     return same
 
 

@@ -110,10 +110,15 @@ GPTQ_BITS = 4 + (16 + 4) / 16
 """Of a weight at 4 bits in groups of 16."""
 
 
+TABLES = 260 * 32 * 2
+"""Numbers of the embedding and the head."""
+
+
 @pytest.mark.parametrize(
     ("steps", "rest"),
     [
         ({"a": {"use": "mpo", "keep": 0.5}}, lambda n: 4 * n * 0.5),
+        ({"a": {"use": "mpo", "keep": 0.5, "embeddings": 0.25}}, lambda n: 4 * n * 0.5 - 4 * TABLES * 0.75),
         ({"a": {"use": "mpo", "bytes": 40_000}}, lambda n: 4 * 20_000),
         ({"a": {"use": "mpo", "bytes": 10**9}}, lambda n: 4 * n),
         ({"a": {"use": "mpo", "bond_dimension": 4}}, lambda n: 4 * n),  # its settings do not tell

@@ -69,9 +69,7 @@ def test_a_plan_names_the_bytes_that_a_run_then_has(recipe, prefect_api, monkeyp
     assert 0 < node["bytes"] < made["decompose"]
 
 
-def test_steps_on_decomposed_layers_ask_for_the_step_that_makes_them(
-    recipe, prefect_api, monkeypatch, tensorpress_run
-):
+def test_steps_on_decomposed_layers_ask_for_the_step_that_makes_them(recipe, prefect_api, monkeypatch, tensorpress_run):
     monkeypatch.setenv("PREFECT_API_URL", prefect_api)
     balanced = {"use": "mpo", "after": "model", "keep": 0.6, "plans": "balanced", "sites": 3, "multiple": 1}
     tune = {"use": "mpo_tune", "tokens": 64, "batch_tokens": 64, "length": 32}

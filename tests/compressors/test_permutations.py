@@ -1,0 +1,224 @@
+"""Neurons in another order and of another scale: the same outputs, neighbours that are alike, and hands off what is no plain feed-forward."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from tensorpress.compressors.calibration import walk
+from tensorpress.compressors.decompose import permutations
+from tensorpress.compressors.decompose.permutations import alike, arrange_neurons, permute_neurons, scale_neurons
+from tensorpress.compressors.decompose.site_plans import fit, plans
+from tensorpress.kernels.mpo_linear import MPOLinear
+from tensorpress.structure import find_structure, linear_shape, linear_weight, set_module
+
+NAMES = [
+    "llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi", "phi3", "gpt2", "gpt_neox", "gpt_neox_sequential", "opt", "opt_post", "bert",
+    "distilbert", "roberta",
+]  # fmt: skip
+MIXTURE = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+MIXTURES = {
+    "Mixtral": {"num_local_experts": 4},
+    "Qwen2Moe": {"num_experts": 4, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 48},
+}
+
+
+PROPORTIONAL = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "opt", "opt_post")
+"""Gated neurons, and ReLU."""
+
+
+def visited(model, act):
+    """What `act` says of each block; the model is changed."""
+    found = []
+
+    def visit(block, inputs):
+        found.append(act(block, inputs))
+        return []
+
+    walk(model, find_structure(model), torch.tensor([[5, 6, 7, 6]]), visit)
+    return found
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(model, before):
+    return all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_outputs_stay_what_they_are(make_model, make_ids, outputs, name):
+    model, ids = make_model(name).double(), make_ids(3, 11)
+    before, expected = state(model), outputs(model, ids)
+    count = len(find_structure(model).blocks)
+    scaled = count if name in PROPORTIONAL else 0
+    assert arrange_neurons(model, find_structure(model)) == {"ordered": count, "scaled": scaled}
+    assert not same(model, before)
+    torch.testing.assert_close(outputs(model, ids), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"), [("llama", {"mlp_bias": True}), ("gpt2", {}), ("bert", {}), ("phi3", {}), ("opt", {})]
+)
+def test_rows_and_biases_and_columns_follow_the_order(make_model, name, fields):
+    model = make_model(name, **fields)
+    before, structure = copy.deepcopy(model), find_structure(model)
+    orders = visited(model, permute_neurons)
+    moved = set()
+    for block, order in zip(structure.blocks, orders, strict=True):
+        assert order.sort().values.equal(torch.arange(len(order)))
+        into, (out,) = block.feed_forward.linears
+        for path in into:
+            ours, theirs = model.get_submodule(path), before.get_submodule(path)
+            halves = linear_shape(ours)[0] // len(order)
+            rows = torch.cat([order + half * len(order) for half in range(halves)])
+            assert torch.equal(linear_weight(ours), linear_weight(theirs)[rows])
+            assert ours.bias is None or torch.equal(ours.bias, theirs.bias[rows])
+            moved |= {path + ".weight", path + ".bias"}
+        assert torch.equal(linear_weight(model.get_submodule(out)), linear_weight(before.get_submodule(out))[:, order])
+        moved.add(out + ".weight")
+    theirs = before.state_dict()
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in model.state_dict().items() if key not in moved)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "phi3", "opt"])
+def test_scales_change_no_bit_of_the_outputs(make_model, make_ids, outputs, name, dtype):
+    model, ids = make_model(name, **({"mlp_bias": True} if name == "llama" else {})), make_ids(3, 11)
+    paths = [block.feed_forward.linears[1][0] for block in find_structure(model).blocks]
+    for path in paths:
+        weight = linear_weight(model.get_submodule(path)).data
+        weight.mul_(torch.logspace(-1, 0.5, weight.shape[1]))
+        weight[:, 3] = 0
+    model = model.to(dtype)
+    before, expected = copy.deepcopy(model), outputs(model, ids)
+    found = visited(model, scale_neurons)
+    assert torch.equal(outputs(model, ids), expected)
+    for path, powers in zip(paths, found, strict=True):
+        norms = linear_weight(before.get_submodule(path)).float().norm(dim=0)
+        usual = norms[norms > 0].log2().mean().exp2()
+        after = linear_weight(model.get_submodule(path)).float().norm(dim=0)
+        assert powers[3] == 0 and powers.max() > 2 and powers.min() < 0
+        inside = after[norms > 0] / usual
+        assert inside.min() > 1 - 1e-5 and inside.max() < 2 + 1e-5
+        torch.testing.assert_close(after, norms * 2.0**powers)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "phi"])
+def test_neurons_that_are_not_proportional_to_a_row_keep_their_scale(make_model, name):
+    model = make_model(name)
+    before = state(model)
+    assert visited(model, scale_neurons) == [None] * 3 and same(model, before)
+
+
+def test_the_stored_precision_stays_and_the_same_twice(make_model, make_ids, outputs):
+    model, ids = make_model("llama").bfloat16(), make_ids(3, 11)
+    twin, expected = copy.deepcopy(model), outputs(model, ids)
+    for one in (model, twin):
+        arrange_neurons(one, find_structure(one))
+    assert same(model, state(twin)) and all(p.dtype == torch.bfloat16 for p in model.parameters())
+    assert (outputs(model, ids) - expected).norm() < 0.05 * expected.norm()
+
+
+def test_a_model_in_training_is_arranged_as_well_and_stays_in_training(make_model):
+    model = make_model("gpt2").train()
+    assert arrange_neurons(model, find_structure(model))["ordered"] == 3 and all(m.training for m in model.modules())
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_mixtures_of_experts_are_left_alone(seed, family):
+    config = getattr(transformers, f"{family}Config")(**MIXTURE, **MIXTURES[family])
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    before = state(model)
+    assert arrange_neurons(model, find_structure(model)) == {"ordered": 0, "scaled": 0} and same(model, before)
+
+
+class Mixing(nn.Module):
+    """No two neurons are treated alike."""
+
+    def forward(self, x):
+        return x * torch.linspace(0.5, 2.0, x.shape[-1])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_activations_that_tell_neurons_apart(make_model, name):
+    model = make_model(name)
+    second = find_structure(model).blocks[1].path
+    set_module(model, f"{second}.mlp.act" + ("_fn" if name == "llama" else ""), Mixing())
+    before = state(model.get_submodule(second))
+    first, middle, last = visited(model, permute_neurons)
+    assert middle is None and first is not None and last is not None
+    assert same(model.get_submodule(second), before)
+
+
+def test_what_is_decomposed_already_or_not_there_is_left_alone(make_model):
+    model = make_model("llama")
+    blocks = find_structure(model).blocks
+    up = f"{blocks[0].path}.mlp.up_proj"
+    set_module(
+        model, up, MPOLinear.from_cores([linear_weight(model.get_submodule(up)).detach()[None, ..., None]], None)
+    )
+    model.get_submodule(f"{blocks[1].path}.mlp.down_proj").weight.data.fill_(float("nan"))
+    before = state(model)
+    orders = visited(model, permute_neurons)
+    assert orders[0] is None and orders[1] is None
+    assert all(
+        torch.equal(t, before[n])
+        for n, t in model.state_dict().items()
+        if ".layers.2." not in n and "layers.1" not in n
+    )
+    assert torch.equal(
+        model.state_dict()[f"{blocks[1].path}.mlp.up_proj.weight"], before[f"{blocks[1].path}.mlp.up_proj.weight"]
+    )
+
+
+# --- the order
+
+
+@pytest.mark.parametrize("chunk", [3, 2048])
+def test_families_stand_together(seed, monkeypatch, chunk):
+    """Vectors of any length that point in 9 directions, 8 of each, at random places."""
+    monkeypatch.setattr(permutations, "CHUNK", chunk)
+    directions = nn.functional.normalize(torch.randn(9, 64), dim=1)
+    family = torch.randperm(72) % 9
+    vectors = (directions[family] + 0.01 * torch.randn(72, 64)) * (0.1 + torch.rand(72, 1))
+    for group in family[alike(vectors)].split(8):
+        assert len(set(group.tolist())) == 1
+
+
+def test_pairs_are_those_of_greedy_matching(seed):
+    unit = nn.functional.normalize(torch.randn(40, 6), dim=1)
+    cosines = (unit @ unit.T).triu(1) - 2 * torch.ones(40, 40).tril()
+    expected = set()
+    for _ in range(20):
+        i, j = divmod(int(cosines.argmax()), 40)
+        expected.add((i, j))
+        cosines[[i, j]] = cosines[:, [i, j]] = -3
+    first, second = permutations._matched(unit)
+    assert set(zip(first.tolist(), second.tolist(), strict=True)) == expected
+
+
+@pytest.mark.parametrize(
+    "vectors", [torch.zeros(16, 4), torch.full((16, 4), float("nan")), torch.ones(16, 4), torch.randn(11, 4), torch.randn(1, 4)]
+)  # fmt: skip
+def test_an_order_for_whatever_comes(vectors):
+    assert alike(vectors).sort().values.equal(torch.arange(len(vectors)))
+
+
+def test_a_structure_that_was_shuffled_is_found_again(seed):
+    """Columns that are sums of Kronecker products of 16 x 8 are of small bonds in the right order alone; families of neighbours are most of it."""
+    shared, own = torch.randn(8, 24), torch.randn(16, 1, 24)
+    vectors = (own + 0.3 * shared).reshape(128, 24)  # neuron (i, j): own[i] + 0.3 shared[j]
+    shuffled = vectors[torch.randperm(128)].T
+    plan = next(plan for plan in plans(24, 128, 2, "auto") if plan.kind == "balanced")
+
+    def loss(weight):
+        return fit(plan, 8, weight, None, None, None, pivoted=False, sweeps=0, damping=1e-3).loss
+
+    assert loss(shuffled[:, alike(shuffled.T)]) < 0.7 * loss(shuffled)
