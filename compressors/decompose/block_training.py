@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -66,7 +67,7 @@ def _train(
     masters = [parameter.detach().float().clone() for parameter in chosen]
     kept = [parameter.detach().clone() for parameter in chosen]
     optimizer = torch.optim.Adam(masters, betas=(0.9, 0.95))
-    best, order = 0, []
+    best, order = 0, list[int]()
     for step in range(1, steps + 1):
         optimizer.param_groups[0]["lr"] = learning_rate * _schedule((step - 0.5) / steps)
         order = order or torch.randperm(len(data.trained), generator=generator).tolist()
@@ -133,7 +134,7 @@ class _Data:
 
 def _factors(module: nn.Module) -> list[nn.Parameter]:
     """The factors of the layers of low rank and the cores of the others."""
-    found: list[nn.Parameter] = []
+    found: list[Any] = []
     for layer in module.modules():
         if isinstance(layer, (MPOLinear, PivotedMPOLinear)):
             found += layer.cores

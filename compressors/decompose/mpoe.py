@@ -165,7 +165,11 @@ class MPOE(Compressor):
             first, first_row = self._fit(f"{one.path}.gate_up", gate_up[None], experts)
             second, second_row = self._fit(f"{one.path}.down", down[None], experts)
             router = _router(experts, means[one.path], generator).to(gate_up)
-            own = {"active": self.active, "core_updates": self.core_updates, "seed": calibration.seed + done}
+            own: dict[str, Any] = {
+                "active": self.active,
+                "core_updates": self.core_updates,
+                "seed": calibration.seed + done,
+            }
             set_module(model, one.path, SharedMixture(first, second, activation_of(model), router, **own))
             count = router.numel()
             rows += [first_row, second_row, LayerReport(f"{one.path}.router", "added", 0, count, 0, WORD * count)]

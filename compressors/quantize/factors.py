@@ -8,8 +8,6 @@ With pivots the error of the inner factor would be added once more by every row 
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import nn
 
@@ -31,7 +29,7 @@ def factor_pairs(model: nn.Module) -> dict[str, LowRankLinear]:
 
 def spread(layer: LowRankLinear) -> LowRankLinear:
     """The same weight U S V as (U S^1/2 Q) (Q^T S^1/2 V), Q a rotation drawn from a fixed seed; without pivots."""
-    inner, outer = (cast(nn.Linear, one).weight.detach() for one in (layer.inner, layer.outer))
+    inner, outer = layer.inner.weight.detach(), layer.outer.weight.detach()
     left = outer.double()
     if layer.pivots is not None:
         left = torch.cat((torch.eye(layer.rank, dtype=left.dtype, device=left.device), left))[layer.order()]
