@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tensorpress.compressors.base import LayerReport, Progress, no_progress
-from tensorpress.errors import StepError
+from tensorpress.errors import InputError, StepError
 from tensorpress.kernels.kernel_layer import kernel_layers
 from tensorpress.loading import apply_layers, layers_of
 from tensorpress.structure import Block, Structure
@@ -204,7 +204,7 @@ class _Checkpoint:
         """What was saved last. A checkpoint that cannot be read (the disk was full) is thrown away; then StepError."""
         try:
             return self._restore(model, structure)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, SafetensorError, InputError) as error:
             self.clear()
             raise StepError(
                 f"the checkpoint of this step cannot be read and was removed; run it again ({error})"

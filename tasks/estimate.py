@@ -112,12 +112,15 @@ def expected_bytes(plan: Plan, job: Job) -> int:
     dense = {path: float(count) for path, count in plan.layers.items()}
     fixed = bytes_of(weight_files(folder)) - width * sum(dense.values())
     tables = sum(math.prod(size) for name, size in shapes_of(folder).items() if name.endswith((*HEADS, *EMBEDDINGS)))
-    cores = factors = 0.0  # numbers of matrix product operators, and of low ranks, which gptq quantizes
+    cores, factors = (
+        0.0,
+        dict[str, float](),
+    )  # numbers of matrix product operators, and of low ranks, which gptq quantizes
     for config in (link["config"] for link in job.chain):
         if config["use"] == "finercut":
             left = 1 - config["remove"]
             dense = {path: count * left for path, count in dense.items()}
-            cores, factors = cores * left, factors * left
+            cores, factors = cores * left, {path: count * left for path, count in factors.items()}
         elif config["use"] in ("mpo", "factorize"):
             named = [p for p in dense if any(fnmatch.fnmatchcase(p, pattern) for pattern in config["layers"])]
             numbers = sum(dense[path] for path in named)
@@ -126,19 +129,28 @@ def expected_bytes(plan: Plan, job: Job) -> int:
                 fixed -= width * tables * (1 - config["embeddings"])
             if kept is None:
                 continue
-            dense = {path: count for path, count in dense.items() if path not in named}
             if _of_low_rank(config):
-                factors += kept
+                factors |= {path: dense[path] * kept / numbers for path in named}
             else:
                 cores += kept
+            dense = {path: count for path, count in dense.items() if path not in named}
         elif config["use"] == "squeeze":
-            cores, factors = cores * config["keep"], factors * config["keep"]
+            cores *= config["keep"]
+            factors = {path: count * config["keep"] for path, count in factors.items()}
         elif config["use"] == "gptq":
-            group = config["group_size"] if config["group_size"] > 0 else 4096
-            bits = config["bits"] + (16 + config["bits"]) / group
-            fixed += (sum(dense.values()) + factors) * bits / 8
-            dense, factors = {}, 0.0
-    return round(fixed + width * (cores + factors + sum(dense.values())))
+            fixed += sum(count * _stored_bytes(config, path, width) for path, count in dense.items())
+            for path, count in factors.items():
+                fixed += count / 2 * sum(_stored_bytes(config, path + end, width) for end in (".inner", ".outer"))
+            dense, factors = {}, {}
+    return round(fixed + width * (cores + sum(factors.values()) + sum(dense.values())))
+
+
+def _stored_bytes(config: dict[str, Any], path: str, width: int) -> float:
+    """Bytes of a weight after `gptq`, its share of scales and zeros included."""
+    chosen = config["bits_for"].items()
+    bits = next((bits for pattern, bits in chosen if fnmatch.fnmatchcase(path, pattern)), config["bits"])
+    group = config["group_size"] if config["group_size"] > 0 else 4096
+    return float(width) if bits == 16 else (bits + (16 + bits) / group) / 8
 
 
 def _kept_numbers(config: dict[str, Any], numbers: float) -> float | None:

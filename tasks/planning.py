@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import tempfile
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -140,14 +141,27 @@ def known_source(folder: Path, store: Store) -> ModelHandle:
 
 
 def code_fingerprint(use: str) -> str:
-    """Digest of the code that a method's result depends on: its own file, what it shares with others, and library versions."""
+    """Digest of the code that a method's result depends on: its own file, what that imports, the kernels, and library versions."""
     package = Path(digest.__file__).parent
-    method = Path(_source_file(METHODS[use]))
     room = _source_folder("tensorpress.compressors")
-    shared = [room / name for name in ("base.py", "calibration.py", "data.py", "distances.py")]
-    shared.append(_source_folder("tensorpress.kernels"))
-    files = [package / name for name in ("structure.py", "loading.py", "artifact.py", "text.py")]
-    return digest.of_json([digest.of_code(method, *shared, *files), _library_versions()])
+    own = _imported(Path(_source_file(METHODS[use])), room) | {room / "calibration.py", room / "data.py"}
+    files = [package / name for name in ("structure.py", "specs.py", "loading.py", "artifact.py", "text.py")]
+    code = digest.of_code(*sorted(own), _source_folder("tensorpress.kernels"), *files)
+    return digest.of_json([code, _library_versions()])
+
+
+def _imported(file: Path, room: Path) -> set[Path]:
+    """A file and all that it imports from the compressors, directly or not."""
+    found, left = set[Path](), [file]
+    while left:
+        one = left.pop()
+        if one not in found:
+            found.add(one)
+            names = re.findall(
+                r"^from tensorpress\.compressors\.([\w.]+) import", one.read_text(encoding="utf-8"), re.M
+            )
+            left += [room / f"{name.replace('.', '/')}.py" for name in names]
+    return found
 
 
 def evaluation_fingerprint() -> str:

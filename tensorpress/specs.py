@@ -260,7 +260,7 @@ class EmbeddingSpec(Spec):
     out_factors: Widths
     in_factors: Widths
     bonds: Annotated[list[Width], Field(max_length=31)]
-    scale: Annotated[float, Field(allow_inf_nan=False)]
+    scale: Annotated[StrictFloat, Field(allow_inf_nan=False)]
     padding_idx: Annotated[StrictInt, Field(ge=0)] | None
 
     @model_validator(mode="after")
@@ -351,6 +351,8 @@ def module_from_spec(spec: Any, path: str = "", replaced: nn.Module | None = Non
             form = spec.get("form") if isinstance(spec, dict) else spec
             raise InputError(f"{where}: unknown form {str(form)[:80]!r}; known: {', '.join(FORMS)}") from None
         raise InputError(explain(error, where, Spec)[0]) from None
+    if isinstance(replaced, (KernelLayer, LowRankLinear, SumLinear, SharedExperts, FactorizedEmbedding, TiedHead)):
+        replaced = None if replaced.spec() == spec else replaced  # it stands there already: a walk that goes on
     if spec["form"] == "shared_experts":
         return _experts(spec, where, replaced)
     if spec["form"] == "shared_mixture":

@@ -5,7 +5,6 @@ What the published forms promise, on one footing: the same bytes, the same momen
 
 from __future__ import annotations
 
-import fnmatch
 import math
 import time
 from collections.abc import Mapping
@@ -20,10 +19,11 @@ from tensorpress.compressors.decompose.form_parts import Metric
 from tensorpress.compressors.decompose.forms import PUBLISHED, Form, Kind, fit
 from tensorpress.compressors.decompose.mpo_rows import dense_row
 from tensorpress.compressors.decompose.site_plans import WORD, check_sites
+from tensorpress.compressors.decompose.targets import check_targets, dense_targets, few_tokens
 from tensorpress.compressors.decompose.weighted_low_rank import damped, weighted_error
 from tensorpress.compressors.moments import SecondMoment
 from tensorpress.errors import InputError
-from tensorpress.structure import DENSE, Block, Structure, find_structure, linear_shape, linear_weight, set_module
+from tensorpress.structure import Block, Structure, find_structure, linear_shape, linear_weight, set_module
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,10 +87,8 @@ class Factorize(Compressor):
         return Form(self.form, pivoted, self.blocks, self.sparse, self.channels, self.sites, self.sweeps)
 
     def check(self, model: PreTrainedModel, structure: Structure) -> None:
-        shapes = {path: linear_shape(model.get_submodule(path)) for path in self._targets(model, structure)}
-        if not shapes:
-            known = ", ".join(structure.blocks[0].linear_paths)
-            raise InputError(f"layers: {', '.join(self.layers)} matches no dense layer; the first block has {known}")
+        targets = check_targets(self.use, model, structure, self.layers)
+        shapes = {path: linear_shape(model.get_submodule(path)) for path in targets}
         for path, (outputs, inputs) in shapes.items():
             if self.form == "block_low_rank" and (outputs % self.blocks or inputs % self.blocks):
                 most = math.gcd(outputs, inputs)
@@ -111,7 +109,7 @@ class Factorize(Compressor):
     def compress(self, model: PreTrainedModel, calibration: Calibration) -> tuple[PreTrainedModel, Report]:
         structure = find_structure(model)
         self.check(model, structure)
-        targets = set(self._targets(model, structure))
+        targets = set(dense_targets(model, structure, self.layers))
         rows = walk(
             model,
             structure,
@@ -130,10 +128,6 @@ class Factorize(Compressor):
         if notes:
             summary["note"] = "; ".join(notes)
         return model, Report(rows, summary)
-
-    def _targets(self, model: PreTrainedModel, structure: Structure) -> list[str]:
-        dense = [path for path in structure.linear_paths if isinstance(model.get_submodule(path), DENSE)]
-        return [path for path in dense if any(fnmatch.fnmatchcase(path, pattern) for pattern in self.layers)]
 
     def _visit(self, model: PreTrainedModel, block: Block, inputs: BlockInputs, targets: set[str]) -> list[LayerReport]:
         rows = []
@@ -180,13 +174,7 @@ class Factorize(Compressor):
         found = []
         if all(row.action == "dense" for row in rows):
             found.append(f"every layer stays dense: none is smaller as {self.form}")
-        widest, tokens = max(row.detail["shape"][1] for row in rows), calibration.windows.numel()
-        if self.form not in ("svd", "asvd") and tokens < widest:
-            found.append(
-                f"calibration has {tokens} tokens, fewer than the {widest} inputs of the widest layer: what they do not show "
-                "counts by the damping alone; use more samples"
-            )
-        return found
+        return found if self.form in ("svd", "asvd") else found + few_tokens(rows, calibration)
 
 
 class InputMoments:

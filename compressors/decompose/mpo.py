@@ -6,7 +6,6 @@ CompactifAI, Tomut et al. 2024, arXiv 2401.14109 (MPO of attention and feed-forw
 
 from __future__ import annotations
 
-import fnmatch
 import math
 import time
 from collections.abc import Mapping
@@ -20,9 +19,10 @@ from tensorpress.compressors.decompose.mpo_rows import dense_row, spectra_of
 from tensorpress.compressors.decompose.mpo_walk import Walk
 from tensorpress.compressors.decompose.permutations import arrange_neurons
 from tensorpress.compressors.decompose.site_plans import WORD, SitePlan, check_sites, fit, most_sites, plans
+from tensorpress.compressors.decompose.targets import check_targets, dense_targets, few_tokens
 from tensorpress.compressors.decompose.tensor_train import capped_bonds, largest_bond
 from tensorpress.errors import InputError
-from tensorpress.structure import DENSE, Structure, find_structure, linear_shape, linear_weight, set_module
+from tensorpress.structure import Structure, find_structure, linear_shape, linear_weight, set_module
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,10 +108,7 @@ class MPO(Compressor):
         return self
 
     def check(self, model: PreTrainedModel, structure: Structure) -> None:
-        targets = self._targets(model, structure)
-        if not targets:
-            known = ", ".join(structure.blocks[0].linear_paths)
-            raise InputError(f"layers: {', '.join(self.layers)} matches no dense layer; the first block has {known}")
+        targets = check_targets(self.use, model, structure, self.layers)
         if self.embeddings is not None:
             check_embeddings(self, model)
         if self.perplexity_ratio is not None and structure.kind != "causal":
@@ -120,6 +117,15 @@ class MPO(Compressor):
         if self._plans == "balanced":
             path, shape = min(shapes.items(), key=lambda item: most_sites(*item[1]))
             check_sites(self.sites, path, *shape)
+        if self.metric == "weights" and self.keep is not None:
+            shares = {
+                path: self._plain(*shape).bytes(1, False) / (WORD * math.prod(shape)) for path, shape in shapes.items()
+            }
+            path = min(shares, key=lambda one: shares[one])
+            if self.keep < shares[path]:
+                raise InputError(
+                    f"keep: {self.keep:g} cannot be met; the smallest is {math.ceil(1e4 * shares[path]) / 1e4:g}, for {path}"
+                )
         if self.metric != "weights" and self.bond_dimension is None:
             least = sum(self._cheapest(*shape) for shape in shapes.values())
             dense = sum(WORD * m * n for m, n in shapes.values())
@@ -132,7 +138,7 @@ class MPO(Compressor):
     def compress(self, model: PreTrainedModel, calibration: Calibration) -> tuple[PreTrainedModel, Report]:
         structure = find_structure(model)
         self.check(model, structure)
-        targets = self._targets(model, structure)
+        targets = dense_targets(model, structure, self.layers)
         found: dict[str, Any] = {}
         arranged = arrange_neurons(model, structure) if self.arrange else None
         if self.metric == "weights":
@@ -176,9 +182,10 @@ class MPO(Compressor):
         found = [plan.bytes(1, self.pivots) for plan in self.candidates(outputs, inputs)]
         return min(*found, WORD * outputs * inputs)
 
-    def _targets(self, model: PreTrainedModel, structure: Structure) -> list[str]:
-        dense = [path for path in structure.linear_paths if isinstance(model.get_submodule(path), DENSE)]
-        return [path for path in dense if any(fnmatch.fnmatchcase(path, pattern) for pattern in self.layers)]
+    def _plain(self, outputs: int, inputs: int) -> SitePlan:
+        """The one plan of `metric: weights`."""
+        (plan,) = self.candidates(outputs, inputs)
+        return plan
 
     def _by_weights(self, model: PreTrainedModel, targets: list[str], calibration: Calibration) -> list[LayerReport]:
         rows = []
@@ -192,7 +199,7 @@ class MPO(Compressor):
         start = time.monotonic()
         layer = model.get_submodule(path)
         outputs, inputs = linear_shape(layer)
-        (plan,) = self.candidates(outputs, inputs)
+        plan = self._plain(outputs, inputs)
         bond = self.bond_dimension or largest_bond(plan.rows, plan.columns, (self.keep or 0) * outputs * inputs)
         bonds = capped_bonds(plan.rows, plan.columns, bond)
         report = dense_row(path, outputs, inputs)
@@ -222,11 +229,7 @@ class MPO(Compressor):
             found.append(f"the bond dimension of {clamped} layers is their full bond, below {self.bond_dimension}")
         if self.metric == "weights":
             return found
-        widest = max(row.detail["shape"][1] for row in rows)
-        tokens = calibration.windows.numel()
-        if tokens < widest:
-            found.append(
-                f"calibration has {tokens} tokens, fewer than the {widest} inputs of the widest layer: what they do not show "
-                "counts by the damping alone; use more samples"
-            )
-        return found
+        few = sum(self.sites > most_sites(*row.detail["shape"]) for row in rows)
+        if few and self._plans == "auto":
+            found.append(f"{few} layers carry fewer than {self.sites} sites; no balanced plan was tried for them")
+        return found + few_tokens(rows, calibration)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from tensorpress.compressors.decompose.mpo import MPO
 
-TRIALS = 6
+TRIALS = 7
 """Models that are made and measured to find the size for a perplexity."""
 
 
@@ -120,6 +120,7 @@ class Walk:
                 low, share = share, (share + high) / 2
                 continue
             measured = self._perplexity(trial) / original
+            del trial
             closest = min(closest, measured)
             if measured <= ratio:
                 high, best = share, (share, measured)

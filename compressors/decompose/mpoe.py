@@ -6,6 +6,7 @@ already, in a mixture, get a core that is fitted to all of them together, as `sh
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -192,7 +193,7 @@ class MPOE(Compressor):
         count = copies * len(stack)
         rows, columns = factors(outputs, self.sites), factors(inputs, self.sites)
         bonds = capped_bonds(rows, columns, self.bond_dimension or outputs * inputs)
-        separate = [decompose(weight, rows, columns, bonds) for weight in stack]
+        separate = [[core.to(stack.device) for core in decompose(weight, rows, columns, bonds)] for weight in stack]
         exact = len(stack) == 1 and bonds == full_bonds(rows, columns)
         fitted = fit_shared(list(stack), separate, 0 if exact else self.sweeps)
         made = SharedMatrices.from_cores([[core.to(stack) for core in cores] for cores in copies * fitted])
@@ -214,5 +215,8 @@ def _router(experts: int, mean: torch.Tensor, generator: torch.Generator) -> tor
 
 
 def _error(experts: list[list[torch.Tensor]], stack: torch.Tensor) -> float:
-    found = torch.stack([mpo_to_matrix([core.to(stack.device, torch.float64) for core in cores]) for cores in experts])
-    return float((found - stack.double()).norm() / stack.double().norm().clamp(min=1e-300))
+    wrong = whole = 0.0
+    for cores, weight in zip(experts, stack, strict=True):
+        found = mpo_to_matrix([core.to(stack.device, torch.float64) for core in cores])
+        wrong, whole = wrong + float((found - weight).square().sum()), whole + float(weight.double().square().sum())
+    return math.sqrt(wrong / max(whole, 1e-300))

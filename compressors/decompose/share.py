@@ -124,7 +124,7 @@ class Share(Compressor):
         if center + len(paths) * own >= len(paths) * outputs * inputs:
             return reports
         weights = [linear_weight(layer).detach() for layer in layers]
-        separate = [decompose(weight, rows, columns, bonds) for weight in weights]
+        separate = [[core.to(w.device) for core in decompose(w, rows, columns, bonds)] for w in weights]
         errors_before = [_relative_error(cores, weight) for cores, weight in zip(separate, weights, strict=True)]
         fitted = fit_shared(weights, separate, self.sweeps)
         shared = SharedCore(fitted[0][middle].to(weights[0]))

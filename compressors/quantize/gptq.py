@@ -178,6 +178,10 @@ def output_error(weight: torch.Tensor, quantized: torch.Tensor, hessian: torch.T
     return float((((difference @ h) * difference).sum().clamp(min=0) / signal.clamp(min=1e-30)).sqrt())
 
 
+LEAST = 16
+"""Inputs of a factor's group, at least; where no divisor of the rank is as large, a whole row is one."""
+
+
 class GPTQ(Compressor):
     """Quantize every dense linear layer of the blocks; embeddings and the head stay as they are.
 
@@ -281,9 +285,8 @@ class GPTQ(Compressor):
         """Let the outer factor of a low rank make up for what rounding has done to the inner one."""
         layer = model.get_submodule(path)
         assert isinstance(layer, LowRankLinear) and isinstance(layer.inner, QuantizedLinear)
-        if layer.pivots is None and isinstance(layer.outer, nn.Linear):
-            outer = layer.outer.weight
-            outer.data = refitted(outer.detach(), inner, layer.inner.dense_weight(), hessian, self.damping)
+        outer = linear_weight(layer.outer)
+        outer.data = refitted(outer.detach(), inner, layer.inner.dense_weight(), hessian, self.damping)
 
     def _quantize(self, model: PreTrainedModel, path: str, hessian: torch.Tensor) -> LayerReport:
         start = time.monotonic()
@@ -291,7 +294,7 @@ class GPTQ(Compressor):
         weight = linear_weight(layer).detach().float()
         size = weight.shape[1] if self.group_size == -1 else self.group_size
         if weight.shape[1] % size:  # a factor, whose width is a rank
-            size = next(part for part in range(size, 0, -1) if weight.shape[1] % part == 0)
+            size = next((part for part in range(size, LEAST - 1, -1) if weight.shape[1] % part == 0), weight.shape[1])
         integers, scales, zeros = quantize_matrix(
             weight, hessian, bits, size, symmetric=self.symmetric, act_order=self.act_order, damping=self.damping
         )

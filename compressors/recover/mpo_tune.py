@@ -13,6 +13,7 @@ from torch import nn
 from tensorpress.compressors.base import Calibration, Report
 from tensorpress.compressors.recover.distill import Distill
 from tensorpress.errors import InputError
+from tensorpress.kernels.factorized_embedding import TiedHead
 from tensorpress.kernels.mpo_linear import MPOLinear
 from tensorpress.kernels.pivoted_mpo_linear import PivotedMPOLinear
 from tensorpress.structure import Structure, find_structure
@@ -71,4 +72,6 @@ class MPOTune(Distill):
 
 def _layers(model: nn.Module) -> list[MPOLinear | PivotedMPOLinear]:
     kinds = (MPOLinear, PivotedMPOLinear)
-    return [module for module in model.modules() if isinstance(module, kinds) and len(module.cores) > 2]
+    tables = [module.table for module in model.modules() if isinstance(module, TiedHead)]
+    layers = [module for module in model.modules() if isinstance(module, kinds) and module not in tables]
+    return [layer for layer in layers if len(layer.cores) > 2]

@@ -21,6 +21,7 @@ from tensorpress.compressors.decompose.tensor_train import bond_spectra, least_n
 from tensorpress.compressors.decompose.weighted_low_rank import low_rank_layer
 from tensorpress.compressors.recover.distill import Distill, Training
 from tensorpress.errors import InputError
+from tensorpress.kernels.factorized_embedding import TiedHead
 from tensorpress.kernels.low_rank_linear import LowRankLinear
 from tensorpress.kernels.mpo_linear import MPOLinear
 from tensorpress.kernels.pivoted_mpo_linear import PivotedMPOLinear
@@ -124,7 +125,7 @@ class _Squeezing:
             self.summary["rounds"].append({"cuts": cuts, "kept": share, "loss": loss})
             done = (1 - share) / max(1e-9, 1 - self.config.keep)
             self.calibration.progress("squeeze", min(100, int(100 * done)), 100)
-            if loss - reference > self.config.gap:
+            if not loss - reference <= self.config.gap:
                 self._restore(kept)
                 stopped = f"the loss rose by {loss - reference:.4f}, above the gap of {self.config.gap:g}"
                 break
@@ -187,12 +188,12 @@ class _Squeezing:
     def _loss(self) -> float:
         return Training(self.config._tuning(), self.model, self.structure, self.calibration).validation_loss()
 
-    def _snapshot(self) -> tuple[dict[str, Squeezable], dict[str, torch.Tensor]]:
+    def _snapshot(self) -> tuple[dict[str, Squeezable], dict[str, torch.Tensor], dict[str, float]]:
         state = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
-        return copy.deepcopy(self.layers), state
+        return copy.deepcopy(self.layers), state, dict(self.dropped)
 
-    def _restore(self, kept: tuple[dict[str, Squeezable], dict[str, torch.Tensor]]) -> None:
-        layers, state = kept
+    def _restore(self, kept: tuple[dict[str, Squeezable], dict[str, torch.Tensor], dict[str, float]]) -> None:
+        layers, state, self.dropped = kept
         for path, layer in layers.items():
             self._put(path, layer)
         self.model.load_state_dict(state)
@@ -216,9 +217,12 @@ class _Squeezing:
 
 
 def squeezable(model: nn.Module) -> dict[str, Squeezable]:
-    """The decomposed layers of a model whose factors are plain numbers, by path."""
+    """The decomposed layers of a model whose factors are plain numbers, by path; the table of a head is its embedding's."""
     found: dict[str, Squeezable] = {}
+    tables = [module.table for module in model.modules() if isinstance(module, TiedHead)]
     for path, module in model.named_modules():
+        if module in tables:
+            continue
         plain = isinstance(module, LowRankLinear) and all(
             isinstance(f, nn.Linear) for f in (module.inner, module.outer)
         )

@@ -125,6 +125,14 @@ TABLES = 260 * 32 * 2
         ({"a": {"use": "mpo", "keep": 0.5}, "b": {"use": "squeeze", "keep": 0.5}}, lambda n: 4 * n * 0.25),
         ({"a": {"use": "factorize", "form": "kronecker", "keep": 0.25}}, lambda n: 4 * n * 0.25),
         ({"a": {"use": "mpo", "keep": 0.5}, "b": {"use": "gptq", "group_size": 16}}, lambda n: n * 0.5 * GPTQ_BITS / 8),
+        ({"a": {"use": "gptq", "group_size": 16, "bits_for": {"*": 8}}}, lambda n: n * (8 + 24 / 16) / 8),
+        (
+            {
+                "a": {"use": "mpo", "keep": 0.5},
+                "b": {"use": "gptq", "group_size": 16, "bits_for": {"*.outer": 16}},
+            },
+            lambda n: n * 0.25 * GPTQ_BITS / 8 + 4 * n * 0.25,
+        ),
         (
             {"a": {"use": "mpo", "keep": 0.5, "plans": "balanced"}, "b": {"use": "gptq", "group_size": 16}},
             lambda n: 4 * n * 0.5,

@@ -1,12 +1,15 @@
 """Quantization of both factors of a low rank: the gauge before it, and the outer factor fitted to what the inner one became."""
 
 import copy
+import functools
 
 import pytest
 import torch
 from torch import nn
 
+from tensorpress.compressors.decompose.mpo import MPO
 from tensorpress.compressors.decompose.weighted_low_rank import low_rank_layer
+from tensorpress.compressors.quantize import gptq
 from tensorpress.compressors.quantize.factors import factor_pairs, refitted, spread
 from tensorpress.compressors.quantize.gptq import GPTQ, dequantized, output_error, quantize_matrix
 from tensorpress.kernels.low_rank_linear import LowRankLinear
@@ -108,3 +111,30 @@ def test_a_model_of_low_ranks(seed, make_model, make_calibration, make_ids, plai
         assert (layer.pivots is not None) == (path == kept) == (type(layer.outer) is nn.Linear)
     logits = model(input_ids=make_ids(2, 12)).logits
     assert bool(torch.isfinite(logits).all())
+
+
+def test_a_walk_over_low_ranks_goes_on_where_it_was_killed(
+    make_model, make_calibration, make_ids, tmp_path, monkeypatch, outputs
+):
+    model, calibration = make_model("llama"), make_calibration(scratch=tmp_path / "s")
+    model, _ = MPO(keep=0.6, metric="inputs", plans="low_rank", multiple=2).compress(model, make_calibration())
+    monkeypatch.setattr(gptq, "walk", functools.partial(gptq.walk, checkpoint_seconds=0))
+    method = GPTQ(group_size=16)
+    whole, report = method.compress(copy.deepcopy(model), calibration)
+    visit = GPTQ._visit
+
+    def dies(self, model, block, inputs):
+        if block.index == 2:
+            raise KeyboardInterrupt
+        return visit(self, model, block, inputs)
+
+    monkeypatch.setattr(GPTQ, "_visit", dies)
+    with pytest.raises(KeyboardInterrupt):
+        method.compress(copy.deepcopy(model), calibration)
+    assert (tmp_path / "s").exists()
+    monkeypatch.setattr(GPTQ, "_visit", visit)
+    again, rows = method.compress(model, calibration)
+    assert [row.layer for row in rows.layers] == [row.layer for row in report.layers]
+    ids = make_ids(2, 9)
+    torch.testing.assert_close(outputs(again, ids), outputs(whole, ids), rtol=0, atol=0)
+    assert not (tmp_path / "s").exists()
