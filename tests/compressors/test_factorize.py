@@ -109,7 +109,8 @@ def test_alternation_never_raises_the_error(seed, name, outputs, inputs, metric)
     error = weighted_error(weight - solved[0].matrix - solved[1].matrix, h)
     assert losses[-1] == pytest.approx(error, rel=1e-6, abs=1e-12 * weighted_error(weight, h))
     alone = weighted_error(weight - parts[0].solve(weight, h, None).matrix, h)
-    assert losses[-1] <= alone * (1 + 1e-9) + 1e-12 * weighted_error(weight, h)  # what stands beside it is not for nothing
+    room = 1e-12 * weighted_error(weight, h)
+    assert losses[-1] <= alone * (1 + 1e-9) + room  # what stands beside it is not for nothing
 
 
 @pytest.mark.parametrize("part", ["blocks", "channels", "sparse"])
