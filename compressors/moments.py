@@ -90,25 +90,31 @@ def output_moments(
     with _gradients_of_outputs(model, structure, {layers[path]: found[path] for path in paths}):
         for done, batch in enumerate(batches):
             progress("gradients", done, len(batches))
-            _drawn_loss(model, structure, batch, generator).backward()
+            drawn_loss(model, structure, batch, generator)[0].backward()
     progress("gradients", len(batches), len(batches))
     if not all(bool(torch.isfinite(moment.matrix).all()) for moment in found.values()):
         raise StepError("the gradients of the model's loss are not finite; try metric: inputs")
     return {path: moment.matrix for path, moment in found.items()}
 
 
-def _drawn_loss(
+def drawn_loss(
     model: PreTrainedModel, structure: Structure, batch: torch.Tensor, generator: torch.Generator
-) -> torch.Tensor:
-    """Sum over the tokens of the negative log-likelihood of what the model itself would draw (up to a constant)."""
-    if structure.kind == "causal":
-        logits = model(input_ids=batch, use_cache=False)[0].flatten(0, 1).float()
-        shares = logits.detach().softmax(-1)
-        if not bool(torch.isfinite(shares).all()):
-            raise StepError("the model's outputs are not finite; nothing can be drawn from them")
-        return nn.functional.cross_entropy(logits, shares.multinomial(1, generator=generator)[:, 0], reduction="sum")
-    states = model(input_ids=batch)[0].float()
-    return (states * torch.randn(states.shape, generator=generator, device=states.device)).sum()
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sum over the tokens of the negative log-likelihood of labels drawn from the model, its probabilities [tokens, V], and the labels [tokens].
+
+    Encoders: the same for unit Gaussian noise on the last hidden states, up to a constant; no probabilities, no labels. Raises StepError for
+    outputs that are not finite.
+    """
+    if structure.kind != "causal":
+        states = model(input_ids=batch)[0].float()
+        noise = torch.randn(states.shape, generator=generator, device=states.device)
+        return (states * noise).sum(), states.new_zeros(0), states.new_zeros(0)
+    logits = model(input_ids=batch, use_cache=False)[0].flatten(0, 1).float()
+    shares = logits.detach().softmax(-1)
+    if not bool(torch.isfinite(shares).all()):
+        raise StepError("the model's outputs are not finite; nothing can be drawn from them")
+    drawn = shares.multinomial(1, generator=generator)[:, 0]
+    return nn.functional.cross_entropy(logits, drawn, reduction="sum"), shares, drawn
 
 
 @contextmanager

@@ -9,24 +9,32 @@ from typing import Any
 import torch
 
 from tensorpress.evaluators.base import EvaluationData
-from tensorpress.text import read_text, tokenise, windows
+from tensorpress.text import marks_of, read_text, tokenise, windows
 
 
-def evaluation_data(spec: Mapping[str, Any], measures: Sequence[str], demo: bool, tokenizer: Any) -> EvaluationData:
-    """Read and cut the texts of evaluation settings (`recipe.EvaluationSpec` as a mapping), as far as `measures` read them."""
+def evaluation_data(
+    spec: Mapping[str, Any], measures: Sequence[str], demo: bool, tokenizer: Any, kind: str = "causal"
+) -> EvaluationData:
+    """Read and cut the texts of evaluation settings (`recipe.EvaluationSpec` as a mapping), as far as `measures` read them.
+
+    Windows of encoders have the tokenizer's marks around their text.
+    """
     if not set(measures) - {"size", "sts"}:  # neither reads a text
         data = EvaluationData(torch.zeros(0, spec["length"], dtype=torch.int64), 0, tokenizer, "none")
         data.pairs = Path(spec["pairs"]).expanduser() if spec["pairs"] else None
         return data
     text = read_text(spec["source"], spec["split"], "data.evaluation.source")
     ids = tokenise(text, tokenizer)
-    rows = windows(ids, spec["length"], spec["samples"], "data.evaluation")
-    data = EvaluationData(rows, _bytes(rows, tokenizer), tokenizer, text.name, demo=demo)
+    marks = marks_of(tokenizer, kind)
+    length = spec["length"] - marks.count
+    rows = windows(ids, length, spec["samples"], "data.evaluation")
+    data = EvaluationData(marks.around(rows), _bytes(rows, tokenizer), tokenizer, text.name, demo=demo)
     if spec["other"]:
         other = read_text(spec["other"], "other", "data.evaluation.other")
         count = max(1, spec["samples"] // 4)
-        data.other_windows = windows(tokenise(other, tokenizer), spec["length"], count, "data.evaluation.other")
-        data.other_bytes, data.other_name = _bytes(data.other_windows, tokenizer), other.name
+        rows = windows(tokenise(other, tokenizer), length, count, "data.evaluation.other")
+        data.other_windows = marks.around(rows)
+        data.other_bytes, data.other_name = _bytes(rows, tokenizer), other.name
     if spec["pairs"]:
         data.pairs = Path(spec["pairs"]).expanduser()
     return data

@@ -92,6 +92,13 @@ class LowRankLinear(nn.Module):
         mask = unpack_bits(self.pivots, self.out_features)
         return torch.where(mask, mask.cumsum(0) - 1, self.rank + (~mask).cumsum(0) - 1)
 
+    def whole_outer(self) -> torch.Tensor:
+        """A [m, r], the rows that the pivots leave out put in."""
+        outer = _weight(self.outer)
+        if self.pivots is None:
+            return outer
+        return torch.cat((torch.eye(self.rank, dtype=outer.dtype, device=outer.device), outer))[self.order()]
+
     def dense_weight(self) -> torch.Tensor:
         """The weight W [m, n] that the factors stand for, quantized ones included."""
         inner, outer = (_weight(layer) for layer in (self.inner, self.outer))

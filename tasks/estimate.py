@@ -212,10 +212,15 @@ def _memory(plan: Plan) -> tuple[int, str]:
         needs[use] += hessians if use in MOMENTS else 0
     for name in BESIDE_ORIGINAL & set(needs):
         needs[name] += model
+    trials = {job.use for job in plan.jobs.values() if job.config.get("perplexity_ratio")}
+    for name in trials & works:
+        needs[name] += 2 * model
     largest = max(needs, key=lambda name: needs[name]) if needs else ""
     made_of = [f"the model {human_bytes(model)} in {str(dtype).removeprefix('torch.')}"]
     if largest in BESIDE_ORIGINAL:
         made_of.append("as much for its original")
+    if largest in trials:
+        made_of.append("twice as much for its original and a trial")
     if largest in works and METHODS[largest].needs_calibration:
         made_of.append(f"calibration {human_bytes(activations)}")
     if largest in MOMENTS:

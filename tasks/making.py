@@ -25,6 +25,7 @@ from tensorpress.tasks.folders import artifact_folder, root_folder
 from tensorpress.tasks.isolate import Clock, is_isolated, run_isolated
 from tensorpress.tasks.planning import Job, stored_dtype, working_dtype
 from tensorpress.tasks.progress import reporter
+from tensorpress.text import marks_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -76,7 +77,7 @@ def _work(job: Job, parent: Path, store: Store, writer: Writer) -> Artifact:
     model = load(parent, dtype=working_dtype(job.dtype), kernels="reference")
     try:
         method.check(model, find_structure(model))
-        calibration = _calibration(job, parent, store)
+        calibration = _calibration(job, parent, store, model_kind(model))
         model, report = method.compress(model, calibration)
     except InputError as error:
         raise StepError(f"{job.node}: {error}") from error
@@ -99,11 +100,11 @@ def _work(job: Job, parent: Path, store: Store, writer: Writer) -> Artifact:
     return writer.write(model.eval(), parent, stored_dtype(original), record, card_of(record))
 
 
-def _calibration(job: Job, parent: Path, store: Store) -> Calibration:
-    windows, validation, stream = calibration_windows(job.calibration, read_tokenizer(parent), job.seed)
-    return Calibration(
-        windows, validation, stream, job.seed, _original(job), reporter(job.node), store.scratch(job.digest)
-    )
+def _calibration(job: Job, parent: Path, store: Store, kind: str) -> Calibration:
+    tokenizer = read_tokenizer(parent)
+    marks = marks_of(tokenizer, kind)
+    found = calibration_windows(job.calibration, tokenizer, job.seed, marks)
+    return Calibration(*found, job.seed, _original(job), reporter(job.node), marks, store.scratch(job.digest))
 
 
 def _original(job: Job) -> Callable[[], PreTrainedModel]:

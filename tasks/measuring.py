@@ -14,6 +14,7 @@ import torch
 
 from tensorpress import digest
 from tensorpress.artifact import Store
+from tensorpress.checks import read_config
 from tensorpress.evaluators.base import EvaluationData, Subject
 from tensorpress.evaluators.catalog import MEASURES, relative_metrics
 from tensorpress.evaluators.data import evaluation_data
@@ -21,7 +22,7 @@ from tensorpress.kernels import cpu_linear, registry
 from tensorpress.loading import load, use_kernels, use_quick_kernels
 from tensorpress.source import read_tokenizer
 from tensorpress.tasks.isolate import Clock, is_isolated, run_isolated
-from tensorpress.tasks.planning import evaluation_fingerprint, working_dtype
+from tensorpress.tasks.planning import config_kind, evaluation_fingerprint, working_dtype
 from tensorpress.tasks.progress import reporter
 from tensorpress.text import read_text
 
@@ -126,9 +127,9 @@ class _Session:
     @property
     def data(self) -> EvaluationData:
         if self._data is None:
-            self._data = evaluation_data(
-                self.job["evaluation"], self.job["measures"], self.job["demo"], read_tokenizer(self.folder)
-            )
+            spec, measures = self.job["evaluation"], self.job["measures"]
+            kind = config_kind(read_config(self.folder))
+            self._data = evaluation_data(spec, measures, self.job["demo"], read_tokenizer(self.folder), kind)
         return self._data
 
     def _original(self, model: PreTrainedModel) -> Callable[[], PreTrainedModel]:

@@ -67,6 +67,38 @@ def tokenise(text: Text, tokenizer: Any) -> torch.Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
+@dataclass(frozen=True)
+class Marks:
+    """Ids that stand before and after the text in every window of an encoder, as in all that it was trained on; decoders have none."""
+
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+
+    @property
+    def count(self) -> int:
+        return len(self.before) + len(self.after)
+
+    def around(self, rows: torch.Tensor) -> torch.Tensor:
+        """Windows [n, length] of text, as [n, length + count] with the marks."""
+        parts = (torch.tensor(ids, dtype=rows.dtype).expand(len(rows), -1) for ids in (self.before, self.after))
+        before, after = parts
+        return torch.cat((before, rows, after), 1)
+
+
+NO_MARKS = Marks()
+
+
+def marks_of(tokenizer: Any, kind: str) -> Marks:
+    """The marks that a tokenizer puts around a text, such as [CLS] and [SEP]; none for models that are not encoders."""
+    if kind != "encoder":
+        return NO_MARKS
+    plain, whole = (tokenizer("one", add_special_tokens=special)["input_ids"] for special in (False, True))
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return Marks(tuple(whole[:start]), tuple(whole[start + len(plain) :]))
+    return NO_MARKS
+
+
 def has_tokens(text: Text, tokenizer: Any, count: int) -> bool:
     """Whether a text has at least `count` tokens; no more of it is tokenised than that takes."""
     return any(

@@ -38,19 +38,17 @@ class BlockTraining:
     """After so many steps the weights that the block now has were found; 0 where it stays as it came."""
 
 
-def train_block(
-    inputs: BlockInputs, steps: int, learning_rate: float, seed: int, *, norms: bool = False
-) -> BlockTraining:
+def train_block(inputs: BlockInputs, steps: int, learning_rate: float, seed: int) -> BlockTraining:
     """Train the factors of the decomposed layers of a block, so that its output on its own inputs comes nearest to the original's on the original's.
 
-    `inputs` of a walk `with_original`; a step takes one of its batches. `norms`: train weights and biases of the normalisations, too. Adam on
+    `inputs` of a walk `with_original`; a step takes one of its batches. Adam on
     float32 copies, gradients clipped to norm 1, a short warm-up and a cosine to zero. The block computes in its stored precision, and what is
     kept is the best of several measurements on the last windows, which are not trained on; the start is the first of them, so the loss there never
     rises. A loss that is not finite ends the training. Where there is one window only, or no layer is decomposed, nothing is trained.
     """
     assert inputs.original is not None
     data = _Data(inputs, inputs.original)
-    chosen = _factors(inputs.module) + (_of_norms(inputs.module) if norms else [])
+    chosen = _factors(inputs.module)
     with _training_only(inputs.module, chosen):
         before = data.held_out_loss()
         if not chosen or not data.trained or steps == 0:
@@ -141,11 +139,6 @@ def _factors(module: nn.Module) -> list[nn.Parameter]:
         elif isinstance(layer, LowRankLinear):
             found += [part.weight for part in (layer.inner, layer.outer) if isinstance(part, nn.Linear)]
     return found
-
-
-def _of_norms(module: nn.Module) -> list[nn.Parameter]:
-    layers = [layer for layer in module.modules() if "norm" in type(layer).__name__.lower()]
-    return [parameter for layer in layers for parameter in layer.parameters(recurse=False)]
 
 
 @contextmanager

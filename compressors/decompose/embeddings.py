@@ -21,7 +21,7 @@ from tensorpress.compressors.decompose.mpo_rows import dense_row, spectra_of
 from tensorpress.compressors.decompose.site_plans import WORD, Fitted, SitePlan, best_fit
 from tensorpress.compressors.decompose.tensor_train import factors
 from tensorpress.compressors.decompose.weighted_low_rank import damped, weighted_error
-from tensorpress.compressors.moments import BATCH_TOKENS, SecondMoment
+from tensorpress.compressors.moments import BATCH_TOKENS, SecondMoment, drawn_loss
 from tensorpress.errors import InputError, StepError
 from tensorpress.kernels.factorized_embedding import FactorizedEmbedding, TiedHead, tie_heads
 from tensorpress.kernels.low_rank_linear import LowRankLinear
@@ -213,7 +213,7 @@ def observed(
     with _taken(model, ends, nats) as taken:
         for done, batch in enumerate(batches):
             calibration.progress("embeddings", done, len(batches))
-            loss, shares, drawn = _drawn_loss(model, structure, batch, generator)
+            loss, shares, drawn = drawn_loss(model, structure, batch, generator)
             of_logits = None
             if nats:
                 wanted = [taken[name] for name in ("vectors", "logits") if name in taken]
@@ -260,25 +260,6 @@ def _taken(model: PreTrainedModel, ends: Ends, with_gradients: bool) -> Iterator
             handle.remove()
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-
-
-def _drawn_loss(
-    model: PreTrainedModel, structure: Structure, batch: torch.Tensor, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sum over the tokens of the negative log-likelihood of labels drawn from the model, its probabilities [tokens, V], and the labels [tokens].
-
-    Encoders: the same for unit Gaussian noise on the last hidden states, as in `output_moments`; no probabilities, no labels.
-    """
-    if structure.kind != "causal":
-        states = model(input_ids=batch)[0].float()
-        noise = torch.randn(states.shape, generator=generator, device=states.device)
-        return (states * noise).sum(), states.new_zeros(0), states.new_zeros(0)
-    logits = model(input_ids=batch, use_cache=False)[0].flatten(0, 1).float()
-    shares = logits.detach().softmax(-1)
-    if not bool(torch.isfinite(shares).all()):
-        raise StepError("the model's outputs are not finite; nothing can be drawn from them")
-    drawn = shares.multinomial(1, generator=generator)[:, 0]
-    return nn.functional.cross_entropy(logits, drawn, reduction="sum"), shares, drawn
 
 
 def _variances(shares: torch.Tensor, drawn: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:

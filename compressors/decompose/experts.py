@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers.integrations.moe import _default_apply_gate
 
 from tensorpress.errors import InputError
 from tensorpress.kernels.mpoe import ACTIVATIONS
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 WEIGHTS = ("gate_up_proj", "down_proj")
 """Parameters of transformers' fused experts: [E, 2 f, h] and [E, h, f]."""
+LAYOUT = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True, "has_post_expert_norm": False}  # fmt: skip
+"""The layout of fused experts that is understood."""
 NEAR = 1e-3
 """Relative error of outputs in fp32 by which a feed-forward counts as a gated one."""
 
@@ -51,6 +54,17 @@ def mixtures(model: nn.Module) -> dict[str, nn.Module]:
         for path, module in model.named_modules()
         if all(getattr(module._parameters.get(name), "ndim", 0) == 3 for name in WEIGHTS)
     }
+
+
+def check_mixture(path: str, experts: nn.Module) -> None:
+    """Refuse fused experts that compute something else than W_down (act(W_gate x) * W_up x). Raises InputError."""
+    for name, expected in LAYOUT.items():
+        if getattr(experts, name, expected) != expected:
+            raise InputError(f"mpoe: {path}: experts with {name} = {not expected} are not handled")
+    if getattr(type(experts), "_apply_gate", None) is not _default_apply_gate:
+        raise InputError(
+            f"mpoe: {path}: {type(experts).__name__} computes something else than down(act(gate x) * up x)"
+        )
 
 
 def activation_of(model: PreTrainedModel) -> str:

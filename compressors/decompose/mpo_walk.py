@@ -192,6 +192,7 @@ class Walk:
             sweeps=config.sweeps,
             damping=config.damping,
             multiple=config.multiple,
+            most=config.bond_dimension,
         )
         row = dense_row(path, *self.shapes[path])
         if found is not None:

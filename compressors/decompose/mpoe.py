@@ -19,6 +19,7 @@ from tensorpress.compressors.base import Calibration, Compressor, LayerReport, R
 from tensorpress.compressors.decompose.experts import (
     WEIGHTS,
     activation_of,
+    check_mixture,
     dense_feed_forwards,
     mean_inputs,
     mixtures,
@@ -34,8 +35,6 @@ from tensorpress.structure import Structure, find_structure, set_module
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LAYOUT = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True, "has_post_expert_norm": False}  # fmt: skip
-"""The layout of fused experts that is understood."""
 OF_GROWTH = ("layers", "active", "core_updates")
 """Fields that only mixtures have which grow out of dense feed-forwards."""
 
@@ -105,9 +104,7 @@ class MPOE(Compressor):
             )
         activation_of(model)
         for path, experts in found.items():
-            for name, expected in LAYOUT.items():
-                if getattr(experts, name, expected) != expected:
-                    raise InputError(f"mpoe: {path}: experts with {name} = {not expected} are not handled")
+            check_mixture(path, experts)
             for name in WEIGHTS:
                 _, outputs, inputs = getattr(experts, name).shape
                 check_sites(self.sites, f"{path}.{name}", outputs, inputs)

@@ -172,10 +172,11 @@ def best_fit(
     sweeps: int,
     damping: float,
     multiple: int = 1,
+    most: int | None = None,
 ) -> tuple[Fitted | None, dict[str, float]]:
     """The plan with the smallest loss within an allowance of bytes, and the loss of each that fits by its name.
 
-    None where none fits, or where the weight itself is no larger.
+    None where none fits, or where the weight itself is no larger. No bond is above `most`.
     """
     if allowance >= WORD * weight.numel():
         return None, {}
@@ -183,6 +184,7 @@ def best_fit(
     losses = {}
     for plan in candidates:
         bond = plan.largest(allowance, pivoted, multiple)
+        bond = bond if most is None else min(bond, most)
         if bond == 0 or plan.bytes(bond, pivoted) >= WORD * weight.numel():
             continue
         limit = math.inf if best is None else HOPELESS * best.loss

@@ -8,6 +8,8 @@ With pivots the error of the inner factor would be added once more by every row 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
@@ -30,10 +32,7 @@ def factor_pairs(model: nn.Module) -> dict[str, LowRankLinear]:
 def spread(layer: LowRankLinear) -> LowRankLinear:
     """The same weight U S V as (U S^1/2 Q) (Q^T S^1/2 V), Q a rotation drawn from a fixed seed; without pivots."""
     inner, outer = layer.inner.weight.detach(), layer.outer.weight.detach()
-    left = outer.double()
-    if layer.pivots is not None:
-        left = torch.cat((torch.eye(layer.rank, dtype=left.dtype, device=left.device), left))[layer.order()]
-    q, r = torch.linalg.qr(left)
+    q, r = torch.linalg.qr(layer.whole_outer().detach().double())
     u, s, v = torch.linalg.svd(r @ inner.double(), full_matrices=False)
     drawn = torch.randn(len(s), len(s), dtype=s.dtype, generator=torch.Generator().manual_seed(0)).to(s.device)
     rotation, root = torch.linalg.qr(drawn).Q, s.sqrt()
@@ -41,11 +40,33 @@ def spread(layer: LowRankLinear) -> LowRankLinear:
     return LowRankLinear.from_factors(right.to(inner.dtype), left.to(outer.dtype), None, layer.bias)
 
 
-def spread_all(model: nn.Module, paths: set[str]) -> None:
-    """`spread` for the layers of low rank of which both factors are among `paths`."""
+class Contracted(nn.Linear):
+    """The weight of a layer of low rank as one matrix, which is to have so many bits."""
+
+    bits: int
+
+
+def contracted(layer: LowRankLinear, bits: int) -> Contracted:
+    """The layer that multiplies with the product of the factors."""
+    weight = layer.dense_weight().detach()
+    made = Contracted(*weight.T.shape, bias=layer.bias is not None, device="meta")
+    made.weight, made.bits = nn.Parameter(weight), bits
+    if layer.bias is not None:
+        made.bias = layer.bias
+    return made
+
+
+def prepare(model: nn.Module, bits: Mapping[str, int]) -> None:
+    """`spread` for the layers of low rank of which both factors are in `bits`; or their matrix, where that is no larger.
+
+    Without pivots the factors of a rank above mn / (m + n) have more numbers than the matrix [m, n], and rounding them costs more, too.
+    """
     for path, layer in factor_pairs(model).items():
-        if {path + INNER, path + OUTER} <= paths:
-            set_module(model, path, spread(layer))
+        if {path + INNER, path + OUTER} <= bits.keys():
+            inner, outer = bits[path + INNER], bits[path + OUTER]
+            most, (m, n) = max(inner, outer), (layer.out_features, layer.in_features)
+            smaller = most * m * n <= layer.rank * (inner * n + outer * m)
+            set_module(model, path, contracted(layer, most) if smaller else spread(layer))
 
 
 def refitted(

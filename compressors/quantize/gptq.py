@@ -15,7 +15,7 @@ from torch import nn
 from tensorpress.compressors.base import Calibration, Compressor, LayerReport, Report
 from tensorpress.compressors.calibration import BlockInputs, walk
 from tensorpress.compressors.moments import SecondMoment
-from tensorpress.compressors.quantize.factors import INNER, OUTER, refitted, spread_all
+from tensorpress.compressors.quantize.factors import INNER, OUTER, Contracted, prepare, refitted
 from tensorpress.errors import InputError, StepError
 from tensorpress.kernels.kernel_layer import kernel_layers
 from tensorpress.kernels.low_rank_linear import LowRankLinear
@@ -186,7 +186,7 @@ class GPTQ(Compressor):
     """Quantize every dense linear layer of the blocks; embeddings and the head stay as they are.
 
     Of a layer of low rank both factors are quantized. They are first brought to the gauge in which that harms least, where pivots are given up,
-    and the outer factor is fitted anew to what the inner one has become.
+    and the outer factor is fitted anew to what the inner one has become. Where the factors would then be larger than their product, that is quantized.
 
     Report: `error_before` is the relative output error of rounding to nearest on the same grid, `error_after` that of GPTQ.
     """
@@ -227,6 +227,9 @@ class GPTQ(Compressor):
             if not any(fnmatch.fnmatchcase(path, pattern) for path in structure.linear_paths):
                 known = ", ".join(structure.blocks[0].linear_paths)
                 raise InputError(f"bits_for: {pattern} matches no layer; the first block has {known}")
+        dense = [path for path in structure.linear_paths if isinstance(model.get_submodule(path), DENSE)]
+        if dense and not self._targets(model, structure):
+            raise InputError("bits_for: every dense layer is left at 16 bits; nothing would be quantized")
 
     def compress(self, model: PreTrainedModel, calibration: Calibration) -> tuple[PreTrainedModel, Report]:
         structure = find_structure(model)
@@ -235,7 +238,10 @@ class GPTQ(Compressor):
         if not self._targets(model, structure):
             note = "nothing was quantized: every layer is decomposed; leave some dense with mpo's `layers`"
             return model, Report([], {"bits": self.bits, "group_size": self.group_size, "layers": 0, "note": note})
-        spread_all(model, set(self._targets(model, structure)))
+        targets = self._targets(model, structure)
+        numbers = {path: linear_weight(model.get_submodule(path)).numel() for path in targets}
+        prepare(model, {path: self.bits_of(path) for path in targets})
+        structure = find_structure(model)
         rows = walk(
             model,
             structure,
@@ -245,13 +251,18 @@ class GPTQ(Compressor):
             progress=calibration.progress,
             scratch=calibration.scratch,
         )
+        for row in rows:  # of factors, with the pivots that they had
+            pair = (row.layer + INNER, row.layer + OUTER)
+            before = numbers.get(row.layer) or sum(numbers[part] for part in pair)
+            row.parameters_before, row.bytes_before = before, 2 * before
         return model, Report(rows, {"bits": self.bits, "group_size": self.group_size, "layers": len(rows)})
 
     def _targets(self, model: PreTrainedModel, structure: Structure) -> list[str]:
         return [path for path in structure.linear_paths if self._is_target(model, path)]
 
     def _is_target(self, model: PreTrainedModel, path: str) -> bool:
-        return isinstance(model.get_submodule(path), DENSE) and self.bits_of(path) != 16
+        layer = model.get_submodule(path)
+        return isinstance(layer, Contracted) or (isinstance(layer, DENSE) and self.bits_of(path) != 16)
 
     def bits_of(self, path: str) -> int:
         """The bits of a layer: those of the first pattern that matches its path, else `bits`."""
@@ -290,10 +301,11 @@ class GPTQ(Compressor):
 
     def _quantize(self, model: PreTrainedModel, path: str, hessian: torch.Tensor) -> LayerReport:
         start = time.monotonic()
-        layer, bits = model.get_submodule(path), self.bits_of(path)
+        layer = model.get_submodule(path)
+        bits = layer.bits if isinstance(layer, Contracted) else self.bits_of(path)
         weight = linear_weight(layer).detach().float()
         size = weight.shape[1] if self.group_size == -1 else self.group_size
-        if weight.shape[1] % size:  # a factor, whose width is a rank
+        if weight.shape[1] % size:  # a factor, whose width is a rank, or a product of factors
             size = next((part for part in range(size, LEAST - 1, -1) if weight.shape[1] % part == 0), weight.shape[1])
         integers, scales, zeros = quantize_matrix(
             weight, hessian, bits, size, symmetric=self.symmetric, act_order=self.act_order, damping=self.damping

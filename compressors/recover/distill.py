@@ -168,7 +168,12 @@ class Training:
     def __post_init__(self) -> None:
         calibration, device = self.calibration, self.model.device
         self.length = self.config.length or calibration.windows.shape[1]
-        if len(calibration.stream) < self.length:
+        self.text = self.length - calibration.marks.count
+        if self.text < 1:
+            raise InputError(
+                f"distill: length {self.length}; the tokenizer's marks alone are {calibration.marks.count} tokens"
+            )
+        if len(calibration.stream) < self.text:
             raise InputError(
                 f"distill: the calibration text has {len(calibration.stream)} tokens, fewer than one window of {self.length}"
             )
@@ -244,8 +249,9 @@ class Training:
         if self.config.tokens is not None:
             count = min(count, (int(self._budget()) - self.tokens) // self.length)
         stream = self.calibration.stream
-        starts = torch.randint(len(stream) - self.length + 1, (count,), generator=generator)
-        return torch.stack([stream[s : s + self.length] for s in starts.tolist()]).to(self.model.device)
+        starts = torch.randint(len(stream) - self.text + 1, (count,), generator=generator)
+        rows = torch.stack([stream[s : s + self.text] for s in starts.tolist()])
+        return self.calibration.marks.around(rows).to(self.model.device)
 
     def _step(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], windows: torch.Tensor) -> bool:
         """One update; False, and none, when the loss or a gradient is not finite."""

@@ -129,6 +129,7 @@ class _Squeezing:
                 self._restore(kept)
                 stopped = f"the loss rose by {loss - reference:.4f}, above the gap of {self.config.gap:g}"
                 break
+            del kept  # before there are two
             kept = self._snapshot()
         after = _numbers(self.layers)
         self.summary |= {
@@ -189,14 +190,20 @@ class _Squeezing:
         return Training(self.config._tuning(), self.model, self.structure, self.calibration).validation_loss()
 
     def _snapshot(self) -> tuple[dict[str, Squeezable], dict[str, torch.Tensor], dict[str, float]]:
-        state = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+        inside = tuple(f"{path}." for path in self.layers)
+        state = {
+            name: tensor.detach().clone()
+            for name, tensor in self.model.state_dict().items()
+            if not name.startswith(inside)
+        }
         return copy.deepcopy(self.layers), state, dict(self.dropped)
 
     def _restore(self, kept: tuple[dict[str, Squeezable], dict[str, torch.Tensor], dict[str, float]]) -> None:
         layers, state, self.dropped = kept
         for path, layer in layers.items():
             self._put(path, layer)
-        self.model.load_state_dict(state)
+        found = self.model.load_state_dict(state, strict=False)
+        assert not found.unexpected_keys
 
     def _put(self, path: str, layer: Squeezable) -> None:
         set_module(self.model, path, layer)
@@ -237,10 +244,7 @@ def cores_of(layer: Squeezable) -> list[torch.Tensor]:
         return [core.detach() for core in layer.cores]
     if isinstance(layer, PivotedMPOLinear):
         return [core.detach() for core in layer.full_cores()]
-    inner, outer = layer.inner.weight.detach(), layer.outer.weight.detach()
-    if layer.pivots is not None:
-        outer = torch.cat((torch.eye(layer.rank, dtype=outer.dtype, device=outer.device), outer))[layer.order()]
-    rank = layer.rank
+    inner, outer, rank = layer.inner.weight.detach(), layer.whole_outer().detach(), layer.rank
     return [outer.reshape(1, -1, 1, rank), inner.reshape(rank, 1, -1, 1)]
 
 

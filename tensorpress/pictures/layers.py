@@ -109,11 +109,11 @@ def _colours(layers: Sequence[Mapping[str, Any]]) -> tuple[Any, Normalize, Linea
 
 
 def _abbreviated(action: str, room: float) -> str:
-    """An action that fits in a cell: the whole, or its number (the bits), or its first letter."""
-    if text_width(action, 6.5) <= room:
-        return action
-    number = re.search(r"\d+", action)
-    return number[0] if number and text_width(number[0], 6.5) <= room else action[0]
+    """An action that fits in a cell: the whole, or what stands behind the method's name, or its bits, or its first letter."""
+    kind = action.partition(" ")[2]
+    bits = re.search(r"(\d+) bits", action)
+    texts = (action, bits[1] if bits else kind, kind[:1] or action[:1])
+    return next((text for text in texts if text and text_width(text, 6.5) <= room), action[:1])
 
 
 def _cell(

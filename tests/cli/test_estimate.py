@@ -93,6 +93,18 @@ def test_estimate_of_what_is_cached(plan_of, write_artifact, make_model, tmp_pat
     assert "2 of 3 steps to do, 1 cached" in estimate(again)["summary"]
 
 
+def test_memory_counts_the_models_of_a_search(plan_of, original, tmp_path):
+    model = 4 * original_parameters(original)
+
+    def needed(**size):
+        step = {"use": "mpo", "after": "model", **size}
+        return estimate(plan_of(tmp_path / "none", steps={"half": step}))
+
+    plain, searched = needed(keep=0.5), needed(perplexity_ratio=1.1)
+    assert searched["memory_bytes"] == plain["memory_bytes"] + 2 * model
+    assert "its original and a trial" in searched["summary"] and "trial" not in plain["summary"]
+
+
 def test_memory_counts_the_original_and_training(plan_of, original, tmp_path):
     model = 4 * original_parameters(original)
     steps = {"prune": {"use": "finercut", "after": "model", "remove": 0.2}}

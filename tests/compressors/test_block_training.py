@@ -136,17 +136,6 @@ def test_the_same_bits_for_the_same_seed(make_model, make_ids):
     assert any(not torch.equal(weights[name], other[name]) for name in weights)
 
 
-def test_norms_only_on_request(make_model, make_ids):
-    def act(inputs):
-        before = state(inputs.module)
-        told = train_block(inputs, 40, 3e-3, 0, norms=True)
-        assert told.steps > 0
-        return {name for name in changed(inputs.module, before) if "norm" in name}
-
-    found = visited(make_model("llama"), make_ids(WINDOWS, LENGTH), act)
-    assert found == {"input_layernorm.weight", "post_attention_layernorm.weight"}
-
-
 def test_dropout_and_kernels_rest_while_a_block_is_trained(make_model, make_ids):
     def act(inputs):
         expected = held_out_loss(inputs, WINDOWS // 8)

@@ -10,7 +10,7 @@ from torch import nn
 from tensorpress.compressors.decompose.mpo import MPO
 from tensorpress.compressors.decompose.weighted_low_rank import low_rank_layer
 from tensorpress.compressors.quantize import gptq
-from tensorpress.compressors.quantize.factors import factor_pairs, refitted, spread
+from tensorpress.compressors.quantize.factors import Contracted, factor_pairs, refitted, spread
 from tensorpress.compressors.quantize.gptq import GPTQ, dequantized, output_error, quantize_matrix
 from tensorpress.kernels.low_rank_linear import LowRankLinear
 from tensorpress.kernels.quantized_linear import QuantizedLinear
@@ -96,14 +96,19 @@ def test_a_model_of_low_ranks(seed, make_model, make_calibration, make_ids, plai
     for path in paths:
         layer = model.get_submodule(path)
         u, s, v = torch.linalg.svd(linear_weight(layer).detach().double(), full_matrices=False)
-        rank = len(s) // 2
+        rank = len(s) // 2 - 1
         set_module(
             model, path, low_rank_layer(u[:, :rank] * s[:rank], v[:rank], layer.bias, torch.float32, pivoted=True)
         )
     assert set(factor_pairs(model)) == set(paths)
+    numbers = {path: sum(p.numel() for p in pair.parameters()) for path, pair in factor_pairs(model).items()}
     kept = paths[0]
     model, report = GPTQ(bits=4, group_size=16, bits_for={f"{kept}.outer": 16}).compress(model, calibration)
     assert len(report.layers) == 2 * len(paths) - 1
+    whole = {row.layer.rpartition(".")[0] for row in report.layers} - {kept}
+    of_pairs = [row for row in report.layers if not row.layer.startswith(kept)]
+    assert len(whole) == len(paths) - 1
+    assert sum(row.bytes_before for row in of_pairs) == sum(numbers[path] for path in whole) * 2
     assert factor_pairs(model) == {}
     for path in paths:
         layer = model.get_submodule(path)
@@ -113,11 +118,43 @@ def test_a_model_of_low_ranks(seed, make_model, make_calibration, make_ids, plai
     assert bool(torch.isfinite(logits).all())
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_factors_that_are_larger_than_their_product_are_quantized_as_one(seed, make_model, make_calibration, name):
+    model = make_model(name)
+    paths = find_structure(model).linear_paths
+    before = {}
+    for count, path in enumerate(paths):
+        layer = model.get_submodule(path)
+        weight = linear_weight(layer).detach().double()
+        (m, n), bias = weight.shape, getattr(layer, "bias", None)
+        u, s, v = torch.linalg.svd(weight, full_matrices=False)
+        rank = -(-m * n // (m + n)) - 1 + count % 2
+        set_module(model, path, low_rank_layer(u[:, :rank] * s[:rank], v[:rank], bias, torch.float32, pivoted=True))
+        before[path] = model.get_submodule(path)
+    whole = set(paths[1::2])
+    eight = next(path for path in paths if path in whole)
+    expected = {path: layer.dense_weight().detach().clone() for path, layer in before.items()}
+    numbers = {path: layer.inner.weight.numel() + layer.outer.weight.numel() for path, layer in before.items()}
+    model, report = GPTQ(bits=4, group_size=16, bits_for={f"{eight}.*": 8}).compress(model, make_calibration())
+    rows = {row.layer: row for row in report.layers}
+    for path in paths:
+        made = model.get_submodule(path)
+        assert isinstance(made, QuantizedLinear if path in whole else LowRankLinear)
+        near = 0.02 if path == eight else 0.4
+        assert (made.dense_weight() - expected[path]).norm() < near * expected[path].norm()
+        if path in whole:
+            assert made.bits == (8 if path == eight else 4)
+            assert rows[path].bytes_before == 2 * numbers[path]
+            assert (made.bias is None) == (before[path].bias is None)
+    assert not any(isinstance(part, Contracted) for part in model.modules())
+
+
+@pytest.mark.parametrize("keep", [0.6, 0.9])
 def test_a_walk_over_low_ranks_goes_on_where_it_was_killed(
-    make_model, make_calibration, make_ids, tmp_path, monkeypatch, outputs
+    make_model, make_calibration, make_ids, tmp_path, monkeypatch, outputs, keep
 ):
     model, calibration = make_model("llama"), make_calibration(scratch=tmp_path / "s")
-    model, _ = MPO(keep=0.6, metric="inputs", plans="low_rank", multiple=2).compress(model, make_calibration())
+    model, _ = MPO(keep=keep, metric="inputs", plans="low_rank", multiple=2).compress(model, make_calibration())
     monkeypatch.setattr(gptq, "walk", functools.partial(gptq.walk, checkpoint_seconds=0))
     method = GPTQ(group_size=16)
     whole, report = method.compress(copy.deepcopy(model), calibration)

@@ -227,6 +227,13 @@ def test_a_bond_dimension_is_clamped_and_said(make_model, make_calibration):
     assert all(row.detail["bonds"] == [5] for row in report.layers)
 
 
+@pytest.mark.parametrize("sites", [2, 3])
+def test_no_bond_is_above_the_one_asked_for(make_model, make_calibration, sites):
+    _, report = MPO(bond_dimension=3, sites=sites, multiple=1).compress(make_model("gpt2"), make_calibration())
+    assert max(bond for row in report.layers for bond in row.detail["bonds"]) == 3
+    assert all(row.bytes_after < row.bytes_before for row in report.layers)
+
+
 def test_few_tokens_are_said(make_model, make_calibration):
     model, report = MPO(keep=0.5, multiple=1).compress(make_model("llama"), make_calibration(2, 12))
     assert "calibration has 24 tokens, fewer than the 48 inputs of the widest layer" in report.summary["note"]

@@ -388,6 +388,22 @@ def test_what_cannot_grow_is_refused_before_any_work(make_model, make_mixture, m
     assert {"gptq", "mpoe"} <= set(MPOE.may_not_follow)
 
 
+def test_mixtures_that_compute_something_else_are_refused(make_mixture, one_line):
+    model = make_mixture()
+    path, experts = next(iter(mixtures(model).items()))
+    MPOE().check(model, find_structure(model))
+
+    class Clipped(type(experts)):
+        def _apply_gate(self, gate_up):
+            gate, up = gate_up.chunk(2, dim=-1)
+            return self.act_fn(gate).clamp(max=1) * up
+
+    experts.__class__ = Clipped
+    with pytest.raises(InputError) as caught:
+        MPOE().check(model, find_structure(model))
+    one_line(caught, f"mpoe: {path}: Clipped computes something else than down")
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from tensorpress.pictures.front import draw_front, pareto, points_of, quality_of
 from tensorpress.pictures.graph import draw_graph, leaves_of, save, shorten, svg, text_width
-from tensorpress.pictures.layers import draw_layer_map, place
+from tensorpress.pictures.layers import _abbreviated, draw_layer_map, place
 
 DOCUMENTS = ("quickstart", "failed", "hostile", "thirty", "single")
 
@@ -192,6 +192,20 @@ def test_layer_map_of_a_deep_model_abbreviates():
     assert "×" in found
     assert "relative error after (logarithmic)" in found
     assert "63 gptq 4 · 1 removed · 1 dense" in found
+
+
+@pytest.mark.parametrize(
+    ("action", "room", "expected"),
+    [
+        ("mpo low rank", 80, "mpo low rank"),
+        ("mpo low rank", 30, "low rank"),
+        ("mpo balanced 2 sites", 10, "b"),
+        ("gptq 4 bits", 12, "4"),
+        ("dense", 9, "d"),
+    ],
+)
+def test_actions_that_do_not_fit_say_what_tells_them_apart(action, room, expected):
+    assert _abbreviated(action, room) == expected
 
 
 def test_same_figure_same_svg(quickstart):
