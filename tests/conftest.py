@@ -105,6 +105,22 @@ def make_tokenizer() -> Callable[..., Any]:
     return make
 
 
+@pytest.fixture
+def make_marking_tokenizer(make_tokenizer: Any) -> Callable[..., Any]:
+    """`make_marking_tokenizer(64)`: the same with one mark before a text and two after it."""
+
+    def make(size: int = VOCABULARY) -> Any:
+        from tokenizers import processors
+
+        tokenizer = make_tokenizer(size)
+        names = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<1>", "<2>", "<3>")]
+        marking = processors.TemplateProcessing(single="<1> $A <2> <3>", special_tokens=names)
+        tokenizer.backend_tokenizer.post_processor = marking
+        return tokenizer
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def make_byte_tokenizer() -> Callable[..., Any]:
     """`make_byte_tokenizer((":", "Ċ"), eos_token="<end>")`: a token for each byte, then one for each merge."""

@@ -13,6 +13,7 @@ from tensorpress.errors import InputError, StepError
 from tensorpress.kernels.mpo_linear import MPOLinear
 from tensorpress.kernels.quantized_linear import QuantizedLinear
 from tensorpress.structure import find_structure, remove_sublayer, set_module
+from tensorpress.text import Marks
 
 
 @pytest.fixture
@@ -55,6 +56,25 @@ def state(model):
 
 def same(model, before):
     return all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_encoders_are_trained_on_windows_with_their_marks(seed, make_teacher):
+    teacher = make_teacher("bert")
+    calibration, student = calibration_of(seed, teacher), pruned(teacher)
+    marks = calibration.marks = Marks((1,), (2, 3))
+    calibration.validation = marks.around(calibration.validation[:, :13])
+    stream, seen = calibration.stream, []
+    student.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"]) if torch.is_grad_enabled() else None,
+        with_kwargs=True,
+    )
+    _, report = method(tokens=1000).compress(student, calibration)
+    assert report.summary["tokens"] == sum(ids.numel() for ids in seen) and seen[0].shape[1] == 16
+    places = {tuple(stream[start : start + 13].tolist()) for start in range(len(stream) - 12)}
+    for row in torch.cat(seen).tolist():
+        assert row[0] == 1 and row[-2:] == [2, 3] and tuple(row[1:-2]) in places
+    with pytest.raises(InputError, match=r"length 3; the tokenizer's marks alone are 3 tokens"):
+        method(length=3).compress(student, calibration)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

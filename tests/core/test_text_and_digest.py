@@ -7,7 +7,7 @@ import torch
 
 from tensorpress import digest
 from tensorpress.errors import InputError, nearest
-from tensorpress.text import Text, random_windows, read_text, tokenise, windows
+from tensorpress.text import NO_MARKS, Text, marks_of, random_windows, read_text, tokenise, windows
 
 
 def test_windows_do_not_overlap_and_keep_the_order(seed):
@@ -60,6 +60,18 @@ def test_files(tmp_path, one_line):
 def test_tokens_have_no_special_ones(make_tokenizer):
     ids = tokenise(Text("t", "abcba"), make_tokenizer())
     assert ids.dtype == torch.int64 and ids.tolist() == [2, 3, 4, 3, 2]
+
+
+def test_encoders_have_the_marks_of_their_tokenizer(make_tokenizer, make_marking_tokenizer):
+    tokenizer = make_marking_tokenizer()
+    marks = marks_of(tokenizer, "encoder")
+    assert tokenizer("ab")["input_ids"] == [*marks.before, 2, 3, *marks.after]
+    assert (len(marks.before), len(marks.after), marks.count) == (1, 2, 3)
+    assert marks_of(tokenizer, "causal") == marks_of(make_tokenizer(), "encoder") == NO_MARKS
+    rows = torch.arange(6).view(2, 3)
+    found = marks.around(rows)
+    assert found.tolist() == [[*marks.before, *row, *marks.after] for row in rows.tolist()]
+    assert torch.equal(NO_MARKS.around(rows), rows)
 
 
 def test_json_digest_is_canonical():
