@@ -25,7 +25,7 @@ from rows import finish, row
 from tensorpress.compressors.catalog import METHODS
 from tensorpress.structure import find_structure
 
-QUARTERS = {"use": "mpo", "keep": 0.74, "plans": "low_rank", "pivots": False}
+QUARTERS: dict[str, Any] = {"use": "mpo", "keep": 0.74, "plans": "low_rank", "pivots": False}
 """At 4 bits, which give pivots up, about as large as 3 bits alone."""
 HALF, THIRD = {"use": "mpo", "keep": 0.5}, {"use": "mpo", "keep": 0.3, "plans": "low_rank"}
 FIVE = {"use": "mpo", "keep": 0.5, "plans": "balanced", "sites": 5, "multiple": 1}
@@ -91,7 +91,7 @@ def healed(bench: Bench, minutes: float) -> tuple[list[dict[str, Any]], float]:
     """Questions 1 and 3: the points, and the ratio of the healed half."""
     heal = {"use": "distill", "minutes": minutes, "learning_rate": 2e-4, "validate_every": 0.2}
     points, half = [], 0.0
-    for name, config in (("keep 0.74, no pivots", QUARTERS), ("keep 0.5", HALF), ("keep 0.3", THIRD)):
+    for name, config in (("keep 0.74", QUARTERS), ("keep 0.5", HALF), ("keep 0.3", THIRD)):
         model, report = bench.step(bench.demo.model(), config)
         points.append(bench.point(name, model, size_of(report)))
         model, _ = bench.step(model, heal)

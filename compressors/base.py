@@ -43,10 +43,10 @@ class Calibration:
     seed: int
     original: Callable[[], PreTrainedModel]
     progress: Progress = no_progress
-    marks: Marks = NO_MARKS
-    """What stands around the text in `windows` and `validation`, and does not in `stream`."""
     scratch: Path | None = None
     """Folder for checkpoints of a long walk; kept when the step dies, and read when it is run again."""
+    marks: Marks = NO_MARKS
+    """What stands around the text in `windows` and `validation`, and does not in `stream`."""
 
 
 @dataclass

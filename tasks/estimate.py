@@ -112,10 +112,8 @@ def expected_bytes(plan: Plan, job: Job) -> int:
     dense = {path: float(count) for path, count in plan.layers.items()}
     fixed = bytes_of(weight_files(folder)) - width * sum(dense.values())
     tables = sum(math.prod(size) for name, size in shapes_of(folder).items() if name.endswith((*HEADS, *EMBEDDINGS)))
-    cores, factors = (
-        0.0,
-        dict[str, float](),
-    )  # numbers of matrix product operators, and of low ranks, which gptq quantizes
+    cores = 0.0  # numbers of matrix product operators, which gptq leaves alone
+    factors = dict[str, float]()  # of low ranks, which it quantizes
     for config in (link["config"] for link in job.chain):
         if config["use"] == "finercut":
             left = 1 - config["remove"]
@@ -212,8 +210,9 @@ def _memory(plan: Plan) -> tuple[int, str]:
         needs[use] += hessians if use in MOMENTS else 0
     for name in BESIDE_ORIGINAL & set(needs):
         needs[name] += model
-    trials = {job.use for job in plan.jobs.values() if job.config.get("perplexity_ratio")}
-    for name in trials & works:
+    searches = (name for name, job in plan.jobs.items() if job.config.get("perplexity_ratio") and not plan.cached[name])
+    trials = {plan.jobs[name].use for name in searches}
+    for name in trials:
         needs[name] += 2 * model
     largest = max(needs, key=lambda name: needs[name]) if needs else ""
     made_of = [f"the model {human_bytes(model)} in {str(dtype).removeprefix('torch.')}"]

@@ -80,8 +80,8 @@ class Marks:
 
     def around(self, rows: torch.Tensor) -> torch.Tensor:
         """Windows [n, length] of text, as [n, length + count] with the marks."""
-        parts = (torch.tensor(ids, dtype=rows.dtype).expand(len(rows), -1) for ids in (self.before, self.after))
-        before, after = parts
+        before = torch.tensor(self.before, dtype=rows.dtype).expand(len(rows), -1)
+        after = torch.tensor(self.after, dtype=rows.dtype).expand(len(rows), -1)
         return torch.cat((before, rows, after), 1)
 
 
@@ -89,11 +89,14 @@ NO_MARKS = Marks()
 
 
 def marks_of(tokenizer: Any, kind: str) -> Marks:
-    """The marks that a tokenizer puts around a text, such as [CLS] and [SEP]; none for models that are not encoders."""
+    """The marks that a tokenizer puts around a text, such as [CLS] and [SEP]; none for models that are not encoders.
+
+    They are what stands around the ids of a word; none, too, where a tokenizer has no ids for it, or others with marks than without.
+    """
     if kind != "encoder":
         return NO_MARKS
     plain, whole = (tokenizer("one", add_special_tokens=special)["input_ids"] for special in (False, True))
-    for start in range(len(whole) - len(plain) + 1):
+    for start in range(len(whole) - len(plain) + 1) if plain else ():
         if whole[start : start + len(plain)] == plain:
             return Marks(tuple(whole[:start]), tuple(whole[start + len(plain) :]))
     return NO_MARKS

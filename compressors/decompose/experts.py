@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.integrations.moe import _default_apply_gate
+from transformers.integrations import moe
 
 from tensorpress.errors import InputError
 from tensorpress.kernels.mpoe import ACTIVATIONS
@@ -61,7 +61,8 @@ def check_mixture(path: str, experts: nn.Module) -> None:
     for name, expected in LAYOUT.items():
         if getattr(experts, name, expected) != expected:
             raise InputError(f"mpoe: {path}: experts with {name} = {not expected} are not handled")
-    if getattr(type(experts), "_apply_gate", None) is not _default_apply_gate:
+    plain = getattr(moe, "_default_apply_gate", None)
+    if plain is None or getattr(type(experts), "_apply_gate", None) is not plain:
         raise InputError(
             f"mpoe: {path}: {type(experts).__name__} computes something else than down(act(gate x) * up x)"
         )

@@ -113,12 +113,13 @@ class Walk:
         low, high, best = 0.0, 1.0, (math.inf, math.inf)
         share, closest = 0.6, math.inf
         for _ in range(TRIALS):
-            trial = copy.deepcopy(self.model)
             try:
-                self._compress(trial, self._allowances(share * self.dense_bytes, found), None)
+                allowances = self._allowances(share * self.dense_bytes, found)
             except InputError:  # below what can be met
                 low, share = share, (share + high) / 2
                 continue
+            trial = copy.deepcopy(self.model)
+            self._compress(trial, allowances, None)
             measured = self._perplexity(trial) / original
             del trial
             closest = min(closest, measured)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from tensorpress.kernels.low_rank_linear import LowRankLinear
+from tensorpress.kernels.sum_linear import SumLinear
 from tensorpress.structure import set_module
 
 OUTER, INNER = ".outer", ".inner"
@@ -59,13 +60,14 @@ def contracted(layer: LowRankLinear, bits: int) -> Contracted:
 def prepare(model: nn.Module, bits: Mapping[str, int]) -> None:
     """`spread` for the layers of low rank of which both factors are in `bits`; or their matrix, where that is no larger.
 
-    Without pivots the factors of a rank above mn / (m + n) have more numbers than the matrix [m, n], and rounding them costs more, too.
+    A part of a sum stays two factors. Without pivots the factors of a rank above mn / (m + n) have more numbers than the matrix [m, n], and rounding them costs more, too.
     """
+    parts = {part for module in model.modules() if isinstance(module, SumLinear) for part in module.parts}
     for path, layer in factor_pairs(model).items():
         if {path + INNER, path + OUTER} <= bits.keys():
             inner, outer = bits[path + INNER], bits[path + OUTER]
             most, (m, n) = max(inner, outer), (layer.out_features, layer.in_features)
-            smaller = most * m * n <= layer.rank * (inner * n + outer * m)
+            smaller = layer not in parts and most * m * n <= layer.rank * (inner * n + outer * m)
             set_module(model, path, contracted(layer, most) if smaller else spread(layer))
 
 

@@ -186,7 +186,7 @@ class GPTQ(Compressor):
     """Quantize every dense linear layer of the blocks; embeddings and the head stay as they are.
 
     Of a layer of low rank both factors are quantized. They are first brought to the gauge in which that harms least, where pivots are given up,
-    and the outer factor is fitted anew to what the inner one has become. Where the factors would then be larger than their product, that is quantized.
+    and the outer factor is fitted anew to what the inner one has become. Where the factors would then be no smaller than their product, that is quantized.
 
     Report: `error_before` is the relative output error of rounding to nearest on the same grid, `error_after` that of GPTQ.
     """
@@ -208,10 +208,10 @@ class GPTQ(Compressor):
     def check(self, model: PreTrainedModel, structure: Structure) -> None:
         if self.group_size != -1 and self.group_size < 1:
             raise InputError(f"group_size: found {self.group_size}, expected -1 (whole row) or a positive number")
-        dense = self._targets(model, structure)
+        dense = [path for path in structure.linear_paths if isinstance(model.get_submodule(path), DENSE)]
         if not dense and all(isinstance(layer, QuantizedLinear) for layer in kernel_layers(model)):
             raise InputError("gptq: the model has no dense linear layers left in its blocks")
-        for path in dense:
+        for path in self._targets(model, structure):
             inputs = linear_shape(model.get_submodule(path))[1]
             if self._is_factor(model, path):
                 continue

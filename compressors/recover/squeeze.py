@@ -204,6 +204,7 @@ class _Squeezing:
             self._put(path, layer)
         found = self.model.load_state_dict(state, strict=False)
         assert not found.unexpected_keys
+        assert all(name.startswith(tuple(f"{path}." for path in layers)) for name in found.missing_keys)
 
     def _put(self, path: str, layer: Squeezable) -> None:
         set_module(self.model, path, layer)

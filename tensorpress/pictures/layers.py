@@ -109,10 +109,10 @@ def _colours(layers: Sequence[Mapping[str, Any]]) -> tuple[Any, Normalize, Linea
 
 
 def _abbreviated(action: str, room: float) -> str:
-    """An action that fits in a cell: the whole, or what stands behind the method's name, or its bits, or its first letter."""
-    kind = action.partition(" ")[2]
+    """An action that fits in a cell: the whole, or what kind of MPO it is, or its bits, or its first letter."""
+    kind = action.removeprefix("mpo ")
     bits = re.search(r"(\d+) bits", action)
-    texts = (action, bits[1] if bits else kind, kind[:1] or action[:1])
+    texts = (action, bits[1] if bits else kind, kind[:1])
     return next((text for text in texts if text and text_width(text, 6.5) <= room), action[:1])
 
 

@@ -7,13 +7,17 @@ import pytest
 import torch
 from torch import nn
 
+from tensorpress.artifact import save_model
+from tensorpress.compressors.decompose.factorize import Factorize
 from tensorpress.compressors.decompose.mpo import MPO
 from tensorpress.compressors.decompose.weighted_low_rank import low_rank_layer
 from tensorpress.compressors.quantize import gptq
 from tensorpress.compressors.quantize.factors import Contracted, factor_pairs, refitted, spread
 from tensorpress.compressors.quantize.gptq import GPTQ, dequantized, output_error, quantize_matrix
+from tensorpress.errors import InputError
 from tensorpress.kernels.low_rank_linear import LowRankLinear
 from tensorpress.kernels.quantized_linear import QuantizedLinear
+from tensorpress.loading import load
 from tensorpress.structure import find_structure, linear_weight, set_module
 
 SHAPES = [(12, 7, 5), (7, 12, 3), (9, 9, 8), (2, 5, 1), (33, 17, 17)]
@@ -149,12 +153,48 @@ def test_factors_that_are_larger_than_their_product_are_quantized_as_one(seed, m
     assert not any(isinstance(part, Contracted) for part in model.modules())
 
 
+@pytest.mark.parametrize("form", ["low_rank_sparse", "block_low_rank"])
+def test_parts_of_sums_stay_factors_and_folders_open_again(
+    seed, make_model, make_calibration, make_ids, tmp_path, outputs, form
+):
+    model, calibration = make_model("llama"), make_calibration()
+    model, _ = Factorize(form=form, keep=0.9).compress(model, calibration)
+    model, report = GPTQ(bits=4, group_size=16).compress(model, calibration)
+    assert report.layers and all(row.layer.endswith((".inner", ".outer")) for row in report.layers)
+    save_model(model, tmp_path / "m", torch.float32)
+    ids = make_ids(2, 9)
+    torch.testing.assert_close(outputs(load(tmp_path / "m"), ids), outputs(model, ids), rtol=1e-4, atol=1e-4)
+
+
+def test_folders_of_products_open_again(make_model, make_calibration, make_ids, tmp_path, outputs):
+    model, calibration = make_model("llama"), make_calibration()
+    model, _ = MPO(keep=0.95, metric="inputs", plans="low_rank", multiple=1, allocation="uniform").compress(
+        model, calibration
+    )
+    assert len(factor_pairs(model)) == 21
+    model, _ = GPTQ(bits=4, group_size=16).compress(model, calibration)
+    assert sum(isinstance(part, QuantizedLinear) for part in model.modules()) == 21
+    save_model(model, tmp_path, torch.float32)
+    ids = make_ids(2, 9)
+    torch.testing.assert_close(outputs(load(tmp_path), ids), outputs(model, ids), rtol=1e-4, atol=1e-4)
+
+
+def test_bits_that_leave_nothing_to_do_are_refused(make_model, make_calibration, one_line):
+    model = make_model("llama")
+    with pytest.raises(InputError) as caught:
+        GPTQ(bits_for={"*": 16}, group_size=16).compress(model, make_calibration())
+    one_line(caught, "bits_for: every dense layer is left at 16 bits")
+    GPTQ(bits_for={"*_proj": 16}, group_size=16).check(model, find_structure(model))  # factors may come before it
+
+
 @pytest.mark.parametrize("keep", [0.6, 0.9])
 def test_a_walk_over_low_ranks_goes_on_where_it_was_killed(
     make_model, make_calibration, make_ids, tmp_path, monkeypatch, outputs, keep
 ):
     model, calibration = make_model("llama"), make_calibration(scratch=tmp_path / "s")
-    model, _ = MPO(keep=keep, metric="inputs", plans="low_rank", multiple=2).compress(model, make_calibration())
+    model, _ = MPO(keep=keep, metric="inputs", plans="low_rank", multiple=2, allocation="uniform").compress(
+        model, make_calibration()
+    )
     monkeypatch.setattr(gptq, "walk", functools.partial(gptq.walk, checkpoint_seconds=0))
     method = GPTQ(group_size=16)
     whole, report = method.compress(copy.deepcopy(model), calibration)
@@ -171,6 +211,8 @@ def test_a_walk_over_low_ranks_goes_on_where_it_was_killed(
     assert (tmp_path / "s").exists()
     monkeypatch.setattr(GPTQ, "_visit", visit)
     again, rows = method.compress(model, calibration)
+    products = [row.layer for row in rows.layers if not row.layer.endswith((".inner", ".outer"))]
+    assert (keep == 0.9) == bool(products)
     assert [row.layer for row in rows.layers] == [row.layer for row in report.layers]
     ids = make_ids(2, 9)
     torch.testing.assert_close(outputs(again, ids), outputs(whole, ids), rtol=0, atol=0)
