@@ -42,7 +42,7 @@ class MPO(Compressor):
     """
 
     use: Literal["mpo"] = "mpo"
-    keep: float | None = Field(None, gt=0, lt=1, description="share of the layers' parameters that is kept")
+    keep: float | None = Field(None, gt=0, lt=1, description="share of the layers' 16-bit bytes that is kept")
     bond_dimension: int | None = Field(None, ge=1, description="largest bond dimension, instead of `keep`")
     bytes: int | None = Field(None, ge=1, description="bytes of the layers at 16 bits, instead of `keep`")
     perplexity_ratio: float | None = Field(
@@ -117,23 +117,25 @@ class MPO(Compressor):
         if self._plans == "balanced":
             path, shape = min(shapes.items(), key=lambda item: most_sites(*item[1]))
             check_sites(self.sites, path, *shape)
-        if self.metric == "weights" and self.keep is not None:
-            shares = {
-                path: self._plain(*shape).bytes(1, False) / (WORD * math.prod(shape)) for path, shape in shapes.items()
-            }
-            path = min(shares, key=lambda one: shares[one])
-            if self.keep < shares[path]:
-                raise InputError(
-                    f"keep: {self.keep:g} cannot be met; the smallest is {math.ceil(1e4 * shares[path]) / 1e4:g}, for {path}"
-                )
-        if self.metric != "weights" and self.bond_dimension is None:
-            least = sum(self._cheapest(*shape) for shape in shapes.values())
-            dense = sum(WORD * m * n for m, n in shapes.values())
-            if self.perplexity_ratio is None and self.budget(dense) < least:
-                raise InputError(
-                    f"{'keep' if self.keep is not None else 'bytes'}: {self.keep or self.bytes:,} cannot be met; the smallest is "
-                    + (f"{math.ceil(1e4 * least / dense) / 1e4:g}" if self.keep is not None else f"{least:,}")
-                )
+        if self.keep is not None or self.bytes is not None:
+            self._check_budget(shapes)
+
+    def _check_budget(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Refuse a budget that bonds of 1 exceed: of all layers together, or of one layer where all are kept alike. Raises InputError."""
+        dense = sum(WORD * m * n for m, n in shapes.values())
+        cheapest = {path: self._cheapest(*shape) for path, shape in shapes.items()}
+        least, whose = sum(cheapest.values()) / dense, ""
+        if self.way == "uniform":
+            shares = {path: cheapest[path] / (WORD * math.prod(shape)) for path, shape in shapes.items()}
+            path = max(shares, key=lambda one: shares[one])
+            least, whose = shares[path], f", for {path}"
+        if self.budget(dense) < least * dense:
+            field, smallest = (
+                ("keep", f"{math.ceil(1e4 * least) / 1e4:g}")
+                if self.keep
+                else ("bytes", f"{math.ceil(least * dense):,}")
+            )
+            raise InputError(f"{field}: {self.keep or self.bytes:,} cannot be met; the smallest is {smallest}{whose}")
 
     def compress(self, model: PreTrainedModel, calibration: Calibration) -> tuple[PreTrainedModel, Report]:
         structure = find_structure(model)
@@ -179,7 +181,8 @@ class MPO(Compressor):
         return min(float(dense), (self.keep or 1.0) * dense if self.bytes is None else float(self.bytes))
 
     def _cheapest(self, outputs: int, inputs: int) -> int:
-        found = [plan.bytes(1, self.pivots) for plan in self.candidates(outputs, inputs)]
+        pivoted = self.pivots and self.metric != "weights"
+        found = [plan.bytes(1, pivoted) for plan in self.candidates(outputs, inputs)]
         return min(*found, WORD * outputs * inputs)
 
     def _plain(self, outputs: int, inputs: int) -> SitePlan:

@@ -19,6 +19,7 @@ from tensorpress.compressors.base import Calibration, Compressor, LayerReport, R
 from tensorpress.compressors.decompose.alternating import conjugate_gradients
 from tensorpress.compressors.decompose.mpo_rows import dense_row
 from tensorpress.compressors.decompose.site_plans import WORD, check_sites
+from tensorpress.compressors.decompose.targets import refuse_quantized
 from tensorpress.compressors.decompose.tensor_train import canonical, capped_bonds, decompose, factors, parameters
 from tensorpress.errors import InputError
 from tensorpress.kernels.mpo_contraction import merge
@@ -72,6 +73,7 @@ class Share(Compressor):
     def check(self, model: PreTrainedModel, structure: Structure) -> None:
         groups = self._groups(model, structure)
         if not groups:
+            refuse_quantized(self.use, model, structure.linear_paths)
             raise InputError(
                 f"layers: {', '.join(self.layers)} matches no dense layers of one kind and shape in several blocks"
             )

@@ -20,14 +20,19 @@ def dense_targets(model: nn.Module, structure: Structure, patterns: Sequence[str
 
 def check_targets(method: str, model: nn.Module, structure: Structure, patterns: Sequence[str]) -> list[str]:
     """The same. Raises InputError where there are none, and where one that matches is quantized."""
-    for path in _matching(structure, patterns):
-        if isinstance(model.get_submodule(path), QuantizedLinear):
-            raise InputError(f"{method}: {path} is quantized; decompose first, then quantize what stays dense")
+    refuse_quantized(method, model, _matching(structure, patterns))
     found = dense_targets(model, structure, patterns)
     if not found:
         known = ", ".join(structure.blocks[0].linear_paths)
         raise InputError(f"layers: {', '.join(patterns)} matches no dense layer; the first block has {known}")
     return found
+
+
+def refuse_quantized(method: str, model: nn.Module, paths: Iterable[str]) -> None:
+    """Raises InputError for a layer that is quantized already, with the order that works."""
+    for path in paths:
+        if isinstance(model.get_submodule(path), QuantizedLinear):
+            raise InputError(f"{method}: {path} is quantized; decompose first, then quantize what stays dense")
 
 
 def few_tokens(rows: Iterable[LayerReport], calibration: Calibration) -> list[str]:

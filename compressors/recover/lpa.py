@@ -18,6 +18,7 @@ from tensorpress.compressors.base import Calibration, Compressor, LayerReport, R
 from tensorpress.compressors.calibration import BlockInputs, walk
 from tensorpress.compressors.decompose.mpo_rows import dense_row
 from tensorpress.compressors.decompose.site_plans import WORD
+from tensorpress.compressors.decompose.targets import refuse_quantized
 from tensorpress.compressors.decompose.weighted_low_rank import low_rank_layer, weighted_error, weighted_svd
 from tensorpress.compressors.moments import SecondMoment
 from tensorpress.errors import InputError
@@ -61,6 +62,7 @@ class LPA(Compressor):
     def check(self, model: PreTrainedModel, structure: Structure) -> None:
         targets = [path for block in structure.blocks for group in _groups(model, block) for path in group]
         if not targets:
+            refuse_quantized(self.use, model, structure.linear_paths)
             raise InputError("lpa: no attention of the model has a dense layer left")
         if self.rank is not None and self.rank > structure.hidden_size:
             raise InputError(f"rank: {self.rank} is more than the model's width of {structure.hidden_size}")

@@ -7,11 +7,15 @@ import torch
 
 from tensorpress.artifact import save_model
 from tensorpress.compressors.calibration import BlockInputs, walk
+from tensorpress.compressors.decompose.factorize import Factorize
 from tensorpress.compressors.decompose.mpo import MPO
 from tensorpress.compressors.decompose.mpo_walk import Walk
+from tensorpress.compressors.decompose.share import Share
 from tensorpress.compressors.decompose.spending import Probe, curves, scaled_by, spend
 from tensorpress.compressors.decompose.weighted_low_rank import weighted_error
 from tensorpress.compressors.moments import SecondMoment, output_moments
+from tensorpress.compressors.quantize.gptq import GPTQ
+from tensorpress.compressors.recover.lpa import LPA
 from tensorpress.errors import InputError, StepError
 from tensorpress.kernels.low_rank_linear import LowRankLinear
 from tensorpress.kernels.pivoted_mpo_linear import PivotedMPOLinear
@@ -252,6 +256,8 @@ def test_inputs_that_are_never_anything_but_zero(make_model, make_calibration, m
     ("fields", "match"),
     [
         ({"keep": 0.0001}, r"keep: 0\.0001 cannot be met; the smallest is 0\.\d+"),
+        ({"keep": 0.09, "allocation": "uniform"}, r"keep: 0\.09 cannot be met; the smallest is 0\.\d+, for .*_proj"),
+        ({"bytes": 3000, "allocation": "uniform"}, r"bytes: 3,000 cannot be met; the smallest is [\d,]+, for"),
         ({"bytes": 10}, r"bytes: 10 cannot be met; the smallest is [\d,]+"),
         ({"keep": 0.5, "plans": "balanced", "sites": 7}, r"sites: 7 sites; .* of 32 x 32 carries 5 at most"),
         ({"keep": 0.5, "metric": "weights", "sites": 7}, r"sites: 7 sites; .* of 32 x 32 carries 5 at most"),
@@ -263,6 +269,16 @@ def test_what_cannot_be_is_refused_before_any_work(make_model, one_line, fields,
     with pytest.raises(InputError) as caught:
         MPO(**fields).check(model, find_structure(model))
     one_line(caught, match)
+
+
+@pytest.mark.parametrize(
+    "method", [MPO(keep=0.5), MPO(keep=0.5, metric="weights"), Factorize(keep=0.5, form="svd"), Share(), LPA()]
+)
+def test_quantized_layers_are_refused_with_the_order_that_works(make_model, make_calibration, one_line, method):
+    model, _ = GPTQ(bits=4, group_size=16).compress(make_model("llama"), make_calibration())
+    with pytest.raises(InputError) as caught:
+        method.check(model, find_structure(model))
+    one_line(caught, rf"{method.use}: .*_proj is quantized; decompose first, then quantize")
 
 
 @pytest.mark.parametrize(
