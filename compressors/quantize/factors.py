@@ -50,7 +50,7 @@ class Contracted(nn.Linear):
 def contracted(layer: LowRankLinear, bits: int) -> Contracted:
     """The layer that multiplies with the product of the factors."""
     weight = layer.dense_weight().detach()
-    made = Contracted(*weight.T.shape, bias=layer.bias is not None, device="meta")
+    made = Contracted(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
     made.weight, made.bits = nn.Parameter(weight), bits
     if layer.bias is not None:
         made.bias = layer.bias
