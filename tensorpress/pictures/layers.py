@@ -112,7 +112,7 @@ def _abbreviated(action: str, room: float) -> str:
     """An action that fits in a cell: the whole, or what kind of MPO it is, or its bits, or its first letter."""
     kind = action.removeprefix("mpo ")
     bits = re.search(r"(\d+) bits", action)
-    texts = (action, bits[1] if bits else kind, kind[:1])
+    texts = (action, bits[1] if bits else kind, kind.partition(" ")[0], kind[:1])
     return next((text for text in texts if text and text_width(text, 6.5) <= room), action[:1])
 
 

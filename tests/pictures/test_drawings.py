@@ -200,6 +200,7 @@ def test_layer_map_of_a_deep_model_abbreviates():
         ("mpo low rank", 80, "mpo low rank"),
         ("mpo low rank", 30, "low rank"),
         ("mpo balanced 2 sites", 10, "b"),
+        ("mpo balanced 2 sites", 32, "balanced"),
         ("gptq 4 bits", 12, "4"),
         ("dense", 9, "d"),
     ],
