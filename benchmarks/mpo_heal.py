@@ -5,7 +5,7 @@
 
 Three questions. (1) Half of the block parameters, healed for `--minutes`: perplexity ratio. (2) MPOs of five sites, healed by their auxiliary cores alone or by
 all cores, the same tokens: share of the gain in validation loss, share of what is trained. (3) CompactifAI's headline, 30 % of the block parameters and
-14 % of the model's 16-bit bytes at 97 % of the next tokens: decomposed, healed, quantized; beside GPTQ at 4, 3 and 2 bits. Block layers alone are compressed, so
+14 % of the model's 16-bit bytes at 97 % of the next tokens: decomposed, healed, quantized; beside GPTQ at 4, 3 and 2 bits, and what at 4 bits has the bytes of 3 bits alone. Block layers alone are compressed, so
 the bytes are given for these and for all weights with the embedding. 100 windows of 256 tokens, weights rounded to bf16.
 """
 

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 
 from tensorpress.evaluators.base import EvaluationData
-from tensorpress.text import marks_of, read_text, tokenise, windows
+from tensorpress.text import NO_MARKS, Marks, read_text, tokenise, windows
 
 
 def evaluation_data(
-    spec: Mapping[str, Any], measures: Sequence[str], demo: bool, tokenizer: Any, kind: str = "causal"
+    spec: Mapping[str, Any], measures: Sequence[str], demo: bool, tokenizer: Any, marks: Marks = NO_MARKS
 ) -> EvaluationData:
     """Read and cut the texts of evaluation settings (`recipe.EvaluationSpec` as a mapping), as far as `measures` read them.
 
-    Windows of encoders have the tokenizer's marks around their text.
+    Windows are of the settings' length with `marks` around their text.
     """
     if not set(measures) - {"size", "sts"}:  # neither reads a text
         data = EvaluationData(torch.zeros(0, spec["length"], dtype=torch.int64), 0, tokenizer, "none")
@@ -25,7 +25,6 @@ def evaluation_data(
         return data
     text = read_text(spec["source"], spec["split"], "data.evaluation.source")
     ids = tokenise(text, tokenizer)
-    marks = marks_of(tokenizer, kind)
     length = spec["length"] - marks.count
     rows = windows(ids, length, spec["samples"], "data.evaluation")
     data = EvaluationData(marks.around(rows), _bytes(rows, tokenizer), tokenizer, text.name, demo=demo)

@@ -24,7 +24,7 @@ from tensorpress.source import read_tokenizer
 from tensorpress.tasks.isolate import Clock, is_isolated, run_isolated
 from tensorpress.tasks.planning import config_kind, evaluation_fingerprint, working_dtype
 from tensorpress.tasks.progress import reporter
-from tensorpress.text import read_text
+from tensorpress.text import marks_of, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -128,8 +128,9 @@ class _Session:
     def data(self) -> EvaluationData:
         if self._data is None:
             spec, measures = self.job["evaluation"], self.job["measures"]
-            kind = config_kind(read_config(self.folder))
-            self._data = evaluation_data(spec, measures, self.job["demo"], read_tokenizer(self.folder), kind)
+            tokenizer = read_tokenizer(self.folder)
+            marks = marks_of(tokenizer, config_kind(read_config(self.folder)))
+            self._data = evaluation_data(spec, measures, self.job["demo"], tokenizer, marks)
         return self._data
 
     def _original(self, model: PreTrainedModel) -> Callable[[], PreTrainedModel]:

@@ -42,8 +42,8 @@ def train_block(inputs: BlockInputs, steps: int, learning_rate: float, seed: int
     """Train the factors of the decomposed layers of a block, so that its output on its own inputs comes nearest to the original's on the original's.
 
     `inputs` of a walk `with_original`; a step takes one of its batches. Adam on float32 copies, gradients clipped to norm 1, a short warm-up
-    and a cosine to zero. The block computes in its stored precision, and what is kept is the best of several measurements on the last windows, which are not trained on; the start is the first of them, so the loss there never
-    rises. A loss that is not finite ends the training. Where there is one window only, or no layer is decomposed, nothing is trained.
+    and a cosine to zero. The block computes in its stored precision, and what is kept is the best of several measurements on the last windows,
+    which are not trained on; the start is the first of them, so the loss there never rises. A loss that is not finite ends the training. Where there is one window only, or no layer is decomposed, nothing is trained.
     """
     assert inputs.original is not None
     data = _Data(inputs, inputs.original)

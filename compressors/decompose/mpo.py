@@ -124,17 +124,14 @@ class MPO(Compressor):
         """Refuse a budget that bonds of 1 exceed: of all layers together, or of one layer where all are kept alike. Raises InputError."""
         dense = sum(WORD * m * n for m, n in shapes.values())
         cheapest = {path: self._cheapest(*shape) for path, shape in shapes.items()}
-        least, whose = sum(cheapest.values()) / dense, ""
+        least, whose = float(sum(cheapest.values())), ""
         if self.way == "uniform":
-            shares = {path: cheapest[path] / (WORD * math.prod(shape)) for path, shape in shapes.items()}
-            path = max(shares, key=lambda one: shares[one])
-            least, whose = shares[path], f", for {path}"
-        if self.budget(dense) < least * dense:
-            field, smallest = (
-                ("keep", f"{math.ceil(1e4 * least) / 1e4:g}")
-                if self.keep
-                else ("bytes", f"{math.ceil(least * dense):,}")
-            )
+            alike = {path: cheapest[path] * dense / (WORD * math.prod(shape)) for path, shape in shapes.items()}
+            path = max(alike, key=lambda one: alike[one])
+            least, whose = alike[path], f", for {path}"
+        if self.budget(dense) < least:
+            share = f"{math.ceil(1e4 * least / dense) / 1e4:g}"
+            field, smallest = ("keep", share) if self.keep else ("bytes", f"{math.ceil(least):,}")
             raise InputError(f"{field}: {self.keep or self.bytes:,} cannot be met; the smallest is {smallest}{whose}")
 
     def compress(self, model: PreTrainedModel, calibration: Calibration) -> tuple[PreTrainedModel, Report]:

@@ -182,6 +182,11 @@ LEAST = 16
 """Inputs of a factor's group, at least; where no divisor of the rank is as large, a whole row is one."""
 
 
+def _dense(model: nn.Module, structure: Structure) -> list[str]:
+    """Paths of the layers of the blocks that are not quantized or decomposed, factors included."""
+    return [path for path in structure.linear_paths if isinstance(model.get_submodule(path), DENSE)]
+
+
 class GPTQ(Compressor):
     """Quantize every dense linear layer of the blocks; embeddings and the head stay as they are.
 
@@ -208,7 +213,7 @@ class GPTQ(Compressor):
     def check(self, model: PreTrainedModel, structure: Structure) -> None:
         if self.group_size != -1 and self.group_size < 1:
             raise InputError(f"group_size: found {self.group_size}, expected -1 (whole row) or a positive number")
-        dense = [path for path in structure.linear_paths if isinstance(model.get_submodule(path), DENSE)]
+        dense = _dense(model, structure)
         if not dense and all(isinstance(layer, QuantizedLinear) for layer in kernel_layers(model)):
             raise InputError("gptq: the model has no dense linear layers left in its blocks")
         for path in self._targets(model, structure):
@@ -227,7 +232,7 @@ class GPTQ(Compressor):
             if not any(fnmatch.fnmatchcase(path, pattern) for path in structure.linear_paths):
                 known = ", ".join(structure.blocks[0].linear_paths)
                 raise InputError(f"bits_for: {pattern} matches no layer; the first block has {known}")
-        dense = [path for path in structure.linear_paths if isinstance(model.get_submodule(path), DENSE)]
+        dense = _dense(model, structure)
         if dense and not self._targets(model, structure):
             raise InputError("bits_for: every dense layer is left at 16 bits; nothing would be quantized")
 

@@ -1,6 +1,7 @@
 """MPO decomposition against what layers give: budgets that hold, plans that are chosen by the error, and clear words where that cannot be."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -269,6 +270,22 @@ def test_what_cannot_be_is_refused_before_any_work(make_model, one_line, fields,
     with pytest.raises(InputError) as caught:
         MPO(**fields).check(model, find_structure(model))
     one_line(caught, match)
+
+
+@pytest.mark.parametrize("allocation", ["predicted", "uniform"])
+@pytest.mark.parametrize("size", ["keep", "bytes"])
+def test_the_smallest_budget_that_is_named_is_accepted(make_model, allocation, size):
+    model = make_model("llama")
+    structure = find_structure(model)
+    with pytest.raises(InputError) as caught:
+        MPO(**{size: 1 if size == "bytes" else 1e-6}, allocation=allocation).check(model, structure)
+    named = re.search(r"the smallest is ([\d.,]*\d)", str(caught.value))[1].replace(",", "")
+    smallest = int(named) if size == "bytes" else float(named)
+    MPO(**{size: smallest}, allocation=allocation).check(model, structure)
+    with pytest.raises(InputError):
+        MPO(**{size: smallest - 1 if size == "bytes" else smallest - 1e-4}, allocation=allocation).check(
+            model, structure
+        )
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ def test_windows_have_marks_for_encoders_and_bytes_do_not_count_them(tmp_path, m
     spec = {"source": str(tmp_path / "text"), "split": "test", "other": str(tmp_path / "other"), "pairs": None}
     tokenizer = make_marking_tokenizer()
     marks = marks_of(tokenizer, kind)
-    data = evaluation_data({**spec, "length": 13, "samples": 4}, ["fidelity"], False, tokenizer, kind)
+    data = evaluation_data({**spec, "length": 13, "samples": 4}, ["fidelity"], False, tokenizer, marks)
     plain = evaluation_data({**spec, "length": 13 - marks.count, "samples": 4}, ["fidelity"], False, tokenizer)
     assert data.windows.shape == (4, 13) and data.other_windows.shape == (1, 13)
     assert data.windows.tolist() == marks.around(plain.windows).tolist()
