@@ -86,14 +86,14 @@ def test_in_sixteen_bits_it_is_as_near_as_sixteen_bits_are(seed, pivoted):
 
 @pytest.fixture
 def low_ranked(make_model, seed):
-    """Every layer of a model of half its rank, every other one with pivots."""
+    """Every layer of a model of a third of its rank, every other one with pivots."""
 
     def make(name):
         model = make_model(name)
         for place, path in enumerate(find_structure(model).linear_paths):
             layer = model.get_submodule(path)
             svd = weighted_svd(linear_weight(layer).detach())
-            rank = min(linear_shape(layer)) // 2
+            rank = min(linear_shape(layer)) // 3
             left, right = svd.left[:, :rank], svd.right[:rank]
             bias = getattr(layer, "bias", None)
             set_module(model, path, low_rank_layer(left, right, bias, torch.float32, pivoted=place % 2 == 0))
