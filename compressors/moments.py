@@ -45,12 +45,14 @@ class PairedMoments:
 
     def __init__(self, features: int, device: torch.device | str = "cpu"):
         self.own = SecondMoment(features, device)
-        self.strayed = torch.zeros(features, features, device=device)
+        self.strayed = torch.zeros((), device=device)  # a matrix once there is an original
 
     def add(self, x: torch.Tensor, original: torch.Tensor) -> None:
         """Add inputs and the original's inputs [tokens, K]."""
         self.own.add(x)
         x = x.float()
+        if not self.strayed.ndim:
+            self.strayed = torch.zeros_like(self.own.matrix)
         self.strayed += ((original.float() - x).T @ x - len(x) * self.strayed) / self.own.vectors
 
     def compensated(self, weight: torch.Tensor, strength: float) -> torch.Tensor:

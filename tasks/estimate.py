@@ -111,9 +111,11 @@ def expected_bytes(plan: Plan, job: Job) -> int:
     width = stored_dtype(folder).itemsize
     dense = {path: float(count) for path, count in plan.layers.items()}
     fixed = bytes_of(weight_files(folder)) - width * sum(dense.values())
-    tables = sum(math.prod(size) for name, size in shapes_of(folder).items() if name.endswith((*HEADS, *EMBEDDINGS)))
+    shapes = shapes_of(folder)
+    tables = sum(math.prod(size) for name, size in shapes.items() if name.endswith((*HEADS, *EMBEDDINGS)))
     cores = 0.0  # numbers of matrix product operators, which gptq leaves alone
     factors = dict[str, float]()  # of low ranks, which it quantizes
+    without_pivots = dict[str, float]()  # what they have then, of what they had
     for config in (link["config"] for link in job.chain):
         if config["use"] == "finercut":
             left = 1 - config["remove"]
@@ -129,6 +131,10 @@ def expected_bytes(plan: Plan, job: Job) -> int:
                 continue
             if _of_low_rank(config):
                 factors |= {path: dense[path] * kept / numbers for path in named}
+                if config["use"] == "mpo" and config["pivots"]:
+                    without_pivots |= {
+                        path: _without_pivots(kept / numbers, shapes.get(f"{path}.weight")) for path in named
+                    }
             else:
                 cores += kept
             dense = {path: count for path, count in dense.items() if path not in named}
@@ -138,9 +144,19 @@ def expected_bytes(plan: Plan, job: Job) -> int:
         elif config["use"] == "gptq":
             fixed += sum(count * _stored_bytes(config, path, width) for path, count in dense.items())
             for path, count in factors.items():
+                count *= without_pivots.get(path, 1.0)
                 fixed += count / 2 * sum(_stored_bytes(config, path + end, width) for end in (".inner", ".outer"))
             dense, factors = {}, {}
     return round(fixed + width * (cores + sum(factors.values()) + sum(dense.values())))
+
+
+def _without_pivots(share: float, shape: list[int] | None) -> float:
+    """Numbers of a low rank r in plain factors, r (m + n) or those of their product, over r (m + n - r), which are that share of m n."""
+    if shape is None or len(shape) != 2:
+        return 1.0
+    both, whole = sum(shape), math.prod(shape)
+    rank = (both - math.sqrt(max(0.0, both * both - 4 * share * whole))) / 2
+    return min(rank * both, whole) / (share * whole)
 
 
 def _stored_bytes(config: dict[str, Any], path: str, width: int) -> float:

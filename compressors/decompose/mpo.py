@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from tensorpress.compressors.base import Calibration, Compressor, LayerReport, Report
 from tensorpress.compressors.decompose.embeddings import check_embeddings, decompose_embeddings
-from tensorpress.compressors.decompose.mpo_rows import dense_row, spectra_of
+from tensorpress.compressors.decompose.mpo_rows import dense_row, dense_spectra, spectra_of
 from tensorpress.compressors.decompose.mpo_walk import Walk
 from tensorpress.compressors.decompose.permutations import arrange_neurons
 from tensorpress.compressors.decompose.site_plans import WORD, SitePlan, check_sites, fit, most_sites, plans
@@ -204,8 +204,8 @@ class MPO(Compressor):
         bonds = capped_bonds(plan.rows, plan.columns, bond)
         report = dense_row(path, outputs, inputs)
         report.detail |= {"plan": plan.name, "out_factors": plan.rows, "in_factors": plan.columns, "bonds": bonds}
+        weight = linear_weight(layer).detach()
         if bond > 0 and plan.bytes(bond, pivoted=False) < report.bytes_before:
-            weight = linear_weight(layer).detach()
             bias = getattr(layer, "bias", None)
             found = fit(plan, bond, weight, bias, None, None, pivoted=False, sweeps=0, damping=self.damping)
             set_module(model, path, found.layer)
@@ -213,6 +213,8 @@ class MPO(Compressor):
             report.parameters_after = found.bytes // WORD
             report.error_after = math.sqrt(found.loss) / max(float(weight.double().norm()), 1e-300)
             report.detail |= spectra_of(found.cores)
+        else:
+            report.detail |= dense_spectra(weight, plan)
         report.seconds = round(time.monotonic() - start, 3)
         return report
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from tensorpress.compressors.base import LayerReport
-from tensorpress.compressors.decompose.site_plans import WORD
-from tensorpress.compressors.decompose.tensor_train import bond_spectra, entropy
+from tensorpress.compressors.decompose.site_plans import WORD, SitePlan
+from tensorpress.compressors.decompose.tensor_train import bond_spectra, entropy, matrix_spectra
 
 SHOWN = 32
 """Values of a spectrum that are kept in a report."""
@@ -25,7 +25,15 @@ def dense_row(path: str, outputs: int, inputs: int) -> LayerReport:
 
 def spectra_of(cores: Sequence[torch.Tensor]) -> dict[str, Any]:
     """Entanglement entropy and bond spectrum (shares of the norm's square, the first ones) of an MPO, for the report."""
-    spectra = bond_spectra(cores)
+    return _told(bond_spectra(cores))
+
+
+def dense_spectra(weight: torch.Tensor, plan: SitePlan) -> dict[str, Any]:
+    """The same of a weight [m, n] that stays dense, at the bonds of a site plan."""
+    return _told(matrix_spectra(weight, plan.rows, plan.columns))
+
+
+def _told(spectra: Sequence[torch.Tensor]) -> dict[str, Any]:
     shares = [(s.square() / s.square().sum().clamp(min=1e-300))[:SHOWN] for s in spectra]
     return {
         "entropies": [round(entropy(s), 4) for s in spectra],

@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 
+import numpy as np
 import pytest
 
 from tensorpress.artifact import RECORD, Store
+from tensorpress.checks import shapes_of
 from tensorpress.compressors.catalog import METHODS
 from tensorpress.evaluators.catalog import MEASURES
 from tensorpress.evaluators.size import original_parameters
@@ -136,11 +138,14 @@ TABLES = 260 * 32 * 2
         ({"a": {"use": "mpo", "bond_dimension": 4}}, lambda n: 4 * n),  # its settings do not tell
         ({"a": {"use": "mpo", "keep": 0.5}, "b": {"use": "squeeze", "keep": 0.5}}, lambda n: 4 * n * 0.25),
         ({"a": {"use": "factorize", "form": "kronecker", "keep": 0.25}}, lambda n: 4 * n * 0.25),
-        ({"a": {"use": "mpo", "keep": 0.5}, "b": {"use": "gptq", "group_size": 16}}, lambda n: n * 0.5 * GPTQ_BITS / 8),
+        (
+            {"a": {"use": "mpo", "keep": 0.5, "pivots": False}, "b": {"use": "gptq", "group_size": 16}},
+            lambda n: n * 0.5 * GPTQ_BITS / 8,
+        ),
         ({"a": {"use": "gptq", "group_size": 16, "bits_for": {"*": 8}}}, lambda n: n * (8 + 24 / 16) / 8),
         (
             {
-                "a": {"use": "mpo", "keep": 0.5},
+                "a": {"use": "mpo", "keep": 0.5, "pivots": False},
                 "b": {"use": "gptq", "group_size": 16, "bits_for": {"*.outer": 16}},
             },
             lambda n: n * 0.25 * GPTQ_BITS / 8 + 4 * n * 0.25,
@@ -164,6 +169,18 @@ def test_bytes_by_the_settings(plan_of, original, tmp_path, steps, rest):
     numbers = sum(plan.layers.values())
     whole = sum(path.stat().st_size for path in original.glob("*.safetensors"))
     assert estimate(plan)["nodes"][-1]["bytes"] == pytest.approx(whole - 4 * numbers + rest(numbers), abs=1)
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.9])
+def test_quantization_gives_pivots_up(plan_of, original, tmp_path, keep):
+    steps = {"a": {"use": "mpo", "after": "model", "keep": keep}, "b": {"use": "gptq", "after": "a", "group_size": 16}}
+    plan = plan_of(tmp_path / "a", steps=steps)
+    shapes = {path: shapes_of(original)[f"{path}.weight"] for path in plan.layers}
+    ranks = {path: min(np.roots([-1, m + n, -keep * m * n])) for path, (m, n) in shapes.items()}
+    numbers = sum(min(ranks[path] * (m + n), m * n) for path, (m, n) in shapes.items())
+    assert numbers > 1.05 * keep * sum(plan.layers.values())
+    fixed = sum(path.stat().st_size for path in original.glob("*.safetensors")) - 4 * sum(plan.layers.values())
+    assert estimate(plan)["nodes"][-1]["bytes"] == pytest.approx(fixed + numbers * GPTQ_BITS / 8, abs=1)
 
 
 def test_short_config():

@@ -15,8 +15,10 @@ from tensorpress.compressors.decompose.tensor_train import (
     capped_bonds,
     decompose,
     entropy,
+    factors,
     full_bonds,
     least_numbers,
+    matrix_spectra,
     parameters,
     rounded,
 )
@@ -24,6 +26,9 @@ from tensorpress.compressors.decompose.weighted_low_rank import damped, weighted
 from tensorpress.compressors.decompose.weighted_tt_svd import weighted_tt_svd
 from tensorpress.compressors.moments import PairedMoments, SecondMoment
 from tensorpress.kernels.mpo_linear import mpo_to_matrix
+from tensorpress.loading import load
+from tensorpress.structure import find_structure, linear_weight
+from tensorpress.text import demo_folder
 
 
 def moment(size, seen=None):
@@ -154,9 +159,26 @@ def test_canonical_forms_spectra_and_entropies(seed, rows, columns):
         size = rows[0] * columns[0] if k == 1 else np.prod([r * c for r, c in zip(rows[:k], columns[:k], strict=True)])
         expected = torch.linalg.svdvals(tensor.reshape(int(size), -1))
         torch.testing.assert_close(spectrum[: len(expected)], expected, rtol=1e-9, atol=1e-9)
+        without = matrix_spectra(weight, rows, columns)[k - 1]
+        torch.testing.assert_close(without.square(), expected.square(), rtol=1e-9, atol=1e-9)
         assert 0 <= entropy(spectrum) <= np.log(len(expected)) + 1e-12
     assert entropy(torch.tensor([3.0])) == 0 and entropy(torch.zeros(4)) == 0
     assert entropy(torch.ones(8)) == pytest.approx(np.log(8))
+
+
+@pytest.mark.parametrize("sites", [4, 5, 6, 7])
+def test_entropies_rise_up_to_the_middle(seed, sites):
+    """On random weights and on the demo model's: full bonds grow up to the middle, and what is shared over them with them."""
+    model = load(demo_folder(), dtype=torch.float64, kernels="reference")
+    paths = find_structure(model).linear_paths
+    weights = [linear_weight(model.get_submodule(path)).detach() for path in paths[:: len(paths) // 5]]
+    for weight in [torch.randn(192, 256, dtype=torch.float64), *weights]:
+        rows, columns = (factors(size, sites) for size in weight.shape)
+        bonds = full_bonds(rows, columns)
+        entropies = [entropy(spectrum) for spectrum in matrix_spectra(weight, rows, columns)]
+        for k in range(len(bonds) - 1):
+            if bonds[k] != bonds[k + 1]:
+                assert (entropies[k] < entropies[k + 1]) == (bonds[k] < bonds[k + 1])
 
 
 @pytest.mark.parametrize(("rows", "columns"), SPLITS)
