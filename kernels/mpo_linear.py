@@ -301,7 +301,7 @@ def _cores(layer: MPOLinear) -> Iterable[torch.Tensor]:
 def _learns(layer: MPOLinear, x: torch.Tensor) -> bool:
     """Whether gradients are asked for, which what is kept has not; or another precision, which it would have to be made for."""
     core = next(iter(_cores(layer)))
-    if torch.is_grad_enabled() and (x.requires_grad or core.requires_grad):
+    if torch.is_grad_enabled() and (x.requires_grad or any(one.requires_grad for one in _cores(layer))):
         return True
     return x.dtype != core.dtype or x.numel() == 0
 

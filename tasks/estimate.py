@@ -115,7 +115,9 @@ def expected_bytes(plan: Plan, job: Job) -> int:
     tables = sum(math.prod(size) for name, size in shapes.items() if name.endswith((*HEADS, *EMBEDDINGS)))
     cores = 0.0  # numbers of matrix product operators, which gptq leaves alone
     factors = dict[str, float]()  # of low ranks, which it quantizes
-    without_pivots = dict[str, float]()  # what they have then, of what they had
+    without_pivots = dict[
+        str, tuple[float, float]
+    ]()  # what they have then, in two factors and in one, of what they had
     for config in (link["config"] for link in job.chain):
         if config["use"] == "finercut":
             left = 1 - config["remove"]
@@ -144,19 +146,22 @@ def expected_bytes(plan: Plan, job: Job) -> int:
         elif config["use"] == "gptq":
             fixed += sum(count * _stored_bytes(config, path, width) for path, count in dense.items())
             for path, count in factors.items():
-                count *= without_pivots.get(path, 1.0)
-                fixed += count / 2 * sum(_stored_bytes(config, path + end, width) for end in (".inner", ".outer"))
+                ends = [_stored_bytes(config, path + end, width) for end in (".inner", ".outer")]
+                spread, product = without_pivots.get(path, (1.0, math.inf))
+                pivoted = count * sum(ends) / 2
+                both = width not in ends
+                fixed += min(spread * pivoted, product * count * max(ends)) if both else pivoted
             dense, factors = {}, {}
     return round(fixed + width * (cores + sum(factors.values()) + sum(dense.values())))
 
 
-def _without_pivots(share: float, shape: list[int] | None) -> float:
-    """Numbers of a low rank r in plain factors, r (m + n) or those of their product, over r (m + n - r), which are that share of m n."""
+def _without_pivots(share: float, shape: list[int] | None) -> tuple[float, float]:
+    """Numbers of a low rank r in plain factors, r (m + n), and in their product, over r (m + n - r), which are that share of m n."""
     if shape is None or len(shape) != 2:
-        return 1.0
+        return 1.0, math.inf
     both, whole = sum(shape), math.prod(shape)
     rank = (both - math.sqrt(max(0.0, both * both - 4 * share * whole))) / 2
-    return min(rank * both, whole) / (share * whole)
+    return rank * both / (share * whole), 1 / share
 
 
 def _stored_bytes(config: dict[str, Any], path: str, width: int) -> float:

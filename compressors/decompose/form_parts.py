@@ -14,7 +14,7 @@ import torch
 
 from tensorpress.compressors.decompose.alternating import conjugate_gradients, refine
 from tensorpress.compressors.decompose.site_plans import WORD, SitePlan, mpo_layer
-from tensorpress.compressors.decompose.tensor_train import canonical, capped_bonds
+from tensorpress.compressors.decompose.tensor_train import capped_bonds
 from tensorpress.compressors.decompose.weighted_low_rank import (
     TINY,
     low_rank_layer,
@@ -119,10 +119,7 @@ class MPOPart:
         return Solved(mpo_to_matrix([core.double() for core in cores]), cores)
 
     def layer(self, solved: Solved, dtype: torch.dtype, bias: torch.Tensor | None) -> sum_linear.Part:
-        cores = list(solved.made_of)
-        if self.pivoted:  # in a gauge whose cores before the last have all their rank, whatever the matrix has
-            cores = canonical(cores, len(cores) - 1)
-        return mpo_layer(cores, bias, dtype, pivoted=self.pivoted)
+        return mpo_layer(list(solved.made_of), bias, dtype, pivoted=self.pivoted)
 
 
 @dataclass(frozen=True)

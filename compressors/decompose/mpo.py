@@ -123,7 +123,7 @@ class MPO(Compressor):
     def _check_budget(self, shapes: Mapping[str, tuple[int, int]]) -> None:
         """Refuse a budget that bonds of 1 exceed: of all layers together, or of one layer where all are kept alike. Raises InputError."""
         dense = sum(WORD * m * n for m, n in shapes.values())
-        cheapest = {path: self._cheapest(*shape) for path, shape in shapes.items()}
+        cheapest = {path: self.cheapest(*shape) for path, shape in shapes.items()}
         least, whose = float(sum(cheapest.values())), ""
         if self.way == "uniform":
             alike = {path: cheapest[path] * dense / (WORD * math.prod(shape)) for path, shape in shapes.items()}
@@ -177,10 +177,14 @@ class MPO(Compressor):
         """Bytes of all layers together, from `keep` or `bytes`; no more than the `dense` ones'."""
         return min(float(dense), (self.keep or 1.0) * dense if self.bytes is None else float(self.bytes))
 
-    def _cheapest(self, outputs: int, inputs: int) -> int:
+    def cheapest(self, outputs: int, inputs: int) -> int:
+        """The fewest bytes that a layer can be shared out: of any plan, and where low ranks stand for all plans, of those."""
         pivoted = self.pivots and self.metric != "weights"
-        found = [plan.bytes(1, pivoted) for plan in self.candidates(outputs, inputs)]
-        return min(*found, WORD * outputs * inputs)
+        least = min(plan.bytes(1, pivoted) for plan in self.candidates(outputs, inputs))
+        if self.way != "uniform":
+            (low_rank,) = plans(outputs, inputs, self.sites, "low_rank")
+            least = max(least, low_rank.bytes(1, pivoted))
+        return min(least, WORD * outputs * inputs)
 
     def _plain(self, outputs: int, inputs: int) -> SitePlan:
         """The one plan of `metric: weights`."""

@@ -8,6 +8,7 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -54,6 +55,8 @@ class Walk:
                 self.calibration.seed,
                 self.calibration.progress,
             )
+            diagonal = any(moment.ndim == 1 for moment in self.outputs.values())
+            summary["gradients"] = "diagonals of second moments" if diagonal else "second moments"
         found = self._curves() if config.way != "uniform" else {}
         if config.perplexity_ratio is not None:
             budget, summary["validation_perplexity_ratio"] = self._budget_for(config.perplexity_ratio, found)
@@ -86,6 +89,8 @@ class Walk:
             damping=config.damping,
             probes=config.probes if config.way == "measured" else (),
         )
+        for path, curve in found.items():  # a bond of 1 of the plans that are tried can cost more than a low rank's
+            curve.costs = np.maximum(curve.costs, config.cheapest(*self.shapes[path]))
         return {path: scaled_by(curve, WORD * math.prod(self.shapes[path])) for path, curve in found.items()}
 
     def _allowances(self, budget: float, found: dict[str, Curve]) -> dict[str, float]:
@@ -119,7 +124,7 @@ class Walk:
                 low, share = share, (share + high) / 2
                 continue
             trial = copy.deepcopy(self.model)
-            self._compress(trial, allowances, None)
+            self._compress(trial, allowances, None, told=False)
             measured = self._perplexity(trial) / original
             del trial
             closest = min(closest, measured)
@@ -144,7 +149,11 @@ class Walk:
             losses.append(nn.functional.cross_entropy(logits, window[1:]).double())
         return math.exp(min(700.0, float(torch.stack(losses).mean())))
 
-    def _compress(self, model: PreTrainedModel, allowances: dict[str, float], scratch: Any) -> list[LayerReport]:
+    def _compress(
+        self, model: PreTrainedModel, allowances: dict[str, float], scratch: Any, *, told: bool = True
+    ) -> list[LayerReport]:
+        """Compress a model in place; the rows have spectra where that is `told`."""
+
         def visit(block: Block, inputs: BlockInputs) -> list[LayerReport]:
             rows = []
             for group in block.linear_groups:
@@ -157,11 +166,11 @@ class Walk:
                     inputs.observe_both(paths[0].removeprefix(block.path + "."), moments.add)
                 else:
                     inputs.observe(model.get_submodule(paths[0]), moments.own.add)
-                rows += [self._replace(model, path, allowances[path], moments) for path in paths]
+                rows += [self._replace(model, path, allowances[path], moments, told) for path in paths]
             if self.config.train_steps and rows:
                 seed = self.calibration.seed + block.index
-                told = train_block(inputs, self.config.train_steps, self.config.learning_rate, seed)
-                rows[0].detail["block_training"] = asdict(told)
+                training = train_block(inputs, self.config.train_steps, self.config.learning_rate, seed)
+                rows[0].detail["block_training"] = asdict(training)
             return rows
 
         return walk(
@@ -175,7 +184,9 @@ class Walk:
             with_original=self.config.compensation > 0 or self.config.train_steps > 0,
         )
 
-    def _replace(self, model: PreTrainedModel, path: str, allowance: float, moments: PairedMoments) -> LayerReport:
+    def _replace(
+        self, model: PreTrainedModel, path: str, allowance: float, moments: PairedMoments, told: bool
+    ) -> LayerReport:
         start = time.monotonic()
         config, layer = self.config, model.get_submodule(path)
         inputs, outputs = damped(moments.own.matrix, config.damping), self.outputs.get(path)
@@ -192,14 +203,15 @@ class Walk:
             pivoted=config.pivots,
             sweeps=config.sweeps,
             damping=config.damping,
-            multiple=config.multiple,
+            multiple=1 if config.bond_dimension is not None else config.multiple,
             most=config.bond_dimension,
         )
         row = dense_row(path, *self.shapes[path])
         if found is not None:
             set_module(model, path, found.layer)
             self._report(row, found, losses, weight, inputs)
-        else:
+            row.detail |= spectra_of(found.cores) if told else {}
+        elif told:
             row.detail |= dense_spectra(linear_weight(layer).detach(), config.candidates(*self.shapes[path])[0])
         row.seconds = round(time.monotonic() - start, 3)
         return row
@@ -219,5 +231,4 @@ class Walk:
             "in_factors": found.plan.columns,
             "bonds": [core.shape[3] for core in found.cores[:-1]],
             "losses": losses,
-            **spectra_of(found.cores),
         }

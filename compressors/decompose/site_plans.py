@@ -12,6 +12,7 @@ from torch import nn
 
 from tensorpress.compressors.decompose.alternating import refine
 from tensorpress.compressors.decompose.tensor_train import (
+    canonical,
     capped_bonds,
     factors,
     full_bonds,
@@ -66,12 +67,17 @@ class SitePlan:
         return WORD * least_numbers(self.rows, self.columns, bonds) + sum(-(-count // 8) for count in bits)
 
     def largest(self, allowance: float, pivoted: bool, multiple: int = 1) -> int:
-        """The largest bond, a multiple of `multiple` where that is possible, of at most so many bytes; 0 where there is none."""
+        """The largest bond of at most so many bytes; 0 where there is none.
+
+        A multiple of `multiple`, where there is one and, for a low rank, where plain factors of the same bytes have no larger rank.
+        """
         low, bond = 0, self.full_bond if self.kind != "low_rank" else min(self.rows[0] - 1, self.columns[1])
         while low < bond:
             middle = (low + bond + 1) // 2
             low, bond = (middle, bond) if self.bytes(middle, pivoted) <= allowance else (low, middle - 1)
-        return bond // multiple * multiple or bond
+        rounded = bond // multiple * multiple
+        plain = allowance // (WORD * (self.rows[0] + self.columns[1])) if self.kind == "low_rank" else 0
+        return rounded if rounded and rounded >= plain else bond
 
 
 def most_sites(outputs: int, inputs: int) -> int:
@@ -142,6 +148,8 @@ def fit(
         loss = weighted_error(weight.double() - left @ right, inputs, outputs)
     else:
         bonds = capped_bonds(plan.rows, plan.columns, bond)
+        if not bool(weight.any()):  # has nothing to refine, in any metric
+            inputs = outputs = None
         cores = weighted_tt_svd(weight, plan.rows, plan.columns, bonds, inputs, outputs)
         loss = weighted_error(weight.double() - mpo_to_matrix(cores), inputs, outputs)
         if sweeps and loss <= limit and (inputs is not None or outputs is not None):
@@ -155,8 +163,8 @@ def mpo_layer(
     cores: Sequence[torch.Tensor], bias: torch.Tensor | None, dtype: torch.dtype, *, pivoted: bool
 ) -> MPOLinear | PivotedMPOLinear:
     """The layer of cores in a precision; with pivots in the fewest numbers."""
-    if pivoted:
-        return PivotedMPOLinear.from_cores(cores, bias, dtype)
+    if pivoted:  # in a gauge whose cores before the last have all their rank, whatever the matrix has
+        return PivotedMPOLinear.from_cores(canonical(cores, len(cores) - 1), bias, dtype)
     return MPOLinear.from_cores([core.to(dtype) for core in cores], bias)
 
 

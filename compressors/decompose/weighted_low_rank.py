@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tensorpress.errors import StepError
 from tensorpress.kernels.low_rank_linear import LowRankLinear
 from tensorpress.kernels.pivoted_mpo_linear import pivot_rows
 
@@ -45,6 +46,7 @@ def weighted_svd(
     With G = L L^T and the eigenvectors U of L^T W H W^T L the solution is L^-T U_r U_r^T L^T W: H is never inverted, so inputs that are
     linearly dependent or never seen need no damping, and at full rank the result is W. G is damped.
     """
+    check_finite(inputs, outputs)
     w = weight.double()
     factor = None if outputs is None else root_of(outputs.double(), damping)
     scaled = w if factor is None else _times(factor, w, transposed=True)  # L^T W
@@ -81,8 +83,15 @@ def weighted_by(rows: torch.Tensor, metric: torch.Tensor | None) -> torch.Tensor
     return rows * metric if metric.ndim == 1 else rows @ metric
 
 
+def check_finite(*moments: torch.Tensor | None) -> None:
+    """Refuse second moments of inputs or gradients that are not finite, before a factorization of them fails or never ends. Raises StepError."""
+    if not all(moment is None or bool(torch.isfinite(moment).all()) for moment in moments):
+        raise StepError("the second moments of a layer are not finite; give the model dtype: float32")
+
+
 def root_of(moment: torch.Tensor, damping: float) -> torch.Tensor:
-    """L [k, k] lower triangular, or [k] for a diagonal, with L L^T the damped moment; damping is raised until there is one."""
+    """L [k, k] lower triangular, or [k] for a diagonal, with L L^T the damped moment; damping is raised until there is one. Raises StepError."""
+    check_finite(moment)
     diagonal = moment if moment.ndim == 1 else moment.diagonal()
     mean = diagonal.mean().clamp(min=torch.finfo(moment.dtype).tiny)
     if moment.ndim == 1:

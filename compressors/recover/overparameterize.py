@@ -80,10 +80,12 @@ class Overparameterize(Compressor):
         entered = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         for parameter in model.parameters():
             parameter.data = parameter.data.float()
-        gradients = squared_gradients(model, structure, calibration.windows, calibration.progress)
-        chosen = sorted(gradients, key=lambda path: (-gradients[path], path))[: self.matrices]
-        expanded = [expand(model, path, self.sites) for path in sorted(chosen, key=structure.linear_paths.index)]
+        gradients, expanded = dict[str, float](), []
         try:
+            gradients = squared_gradients(model, structure, calibration.windows, calibration.progress)
+            chosen = sorted(gradients, key=lambda path: (-gradients[path], path))[: self.matrices]
+            for path in sorted(chosen, key=structure.linear_paths.index):
+                expanded.append(expand(model, path, self.sites))
             model, trained = self._training().compress(model, self._lessons(calibration))
         finally:
             rows = [_contracted(model, one, gradients[one.path]) for one in expanded]

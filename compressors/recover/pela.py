@@ -19,6 +19,7 @@ from torch import nn
 from tensorpress.compressors.base import Calibration, Compressor, LayerReport, Report
 from tensorpress.compressors.decompose.mpo_rows import dense_row
 from tensorpress.compressors.decompose.site_plans import WORD
+from tensorpress.compressors.decompose.targets import refuse_quantized
 from tensorpress.compressors.decompose.weighted_low_rank import low_rank_layer, weighted_svd
 from tensorpress.compressors.recover.distill import Distill, Training, masters
 from tensorpress.errors import InputError
@@ -63,6 +64,7 @@ class PELA(Compressor):
     def check(self, model: PreTrainedModel, structure: Structure) -> None:
         targets = self._targets(model, structure)
         if not targets:
+            refuse_quantized(self.use, model, structure.linear_paths)
             known = ", ".join(structure.blocks[0].linear_paths[:3])
             raise InputError(f"layers: {', '.join(self.layers)} matches no dense layer; the blocks have {known}, ...")
         for path in targets:
@@ -163,9 +165,20 @@ class _FeatureTraining(Training):
         if not all(path in known for path in self.paths):
             raise InputError("pela: the model has other blocks than the original, so their outputs cannot be compared")
         self.limits: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        with torch.no_grad(), _outputs_of(self.teacher, self.paths) as taught:
-            self.teacher(input_ids=self.validation, **self.arguments)
-        self.variances = [max(float(states.double().var(unbiased=False)), 1e-12) for states in taught]
+        self.variances = self._variances()
+
+    @torch.no_grad()
+    def _variances(self) -> list[float]:
+        """Of each block's outputs in the original model, on the validation windows, one after the other."""
+        moments = torch.zeros(len(self.paths), 3, dtype=torch.float64)  # numbers, their sum, their squares'
+        for window in self.validation:
+            with _outputs_of(self.teacher, self.paths) as taught:
+                self.teacher(input_ids=window[None], **self.arguments)
+            for row, states in zip(moments, taught, strict=True):
+                values = states.double()
+                row += torch.tensor([values.numel(), float(values.sum()), float(values.square().sum())])
+        count, total, squares = moments.unbind(1)
+        return [max(value, 1e-12) for value in (squares / count - (total / count).square()).tolist()]
 
     def run(self, parameters: list[nn.Parameter]) -> None:
         if self.bound is not None:

@@ -107,6 +107,8 @@ class _Squeezing:
         self.before = {path: _count(layer) for path, layer in self.layers.items()}
         self.dropped = dict.fromkeys(self.layers, 0.0)
         self.spectra = {path: bond_spectra(cores_of(layer)) for path, layer in self.layers.items()}
+        self.lowered: set[str] = set()
+        """Layers whose bonds the last cuts changed."""
         self.summary: dict[str, Any] = {"rounds": []}
 
     def run(self) -> list[LayerReport]:
@@ -117,7 +119,8 @@ class _Squeezing:
         while _numbers(self.layers) > self.config.keep * self.start:
             cuts = self._cut()
             if not cuts:
-                stopped = "no bond can be lowered further"
+                if _numbers(self.layers) > self.config.keep * self.start:
+                    stopped = "no bond can be lowered further"
                 break
             number += 1
             loss = self._tuned(number)
@@ -144,8 +147,11 @@ class _Squeezing:
 
     def _cut(self) -> int:
         """Lower up to `between` bonds, each time the one whose cut costs least; how many were lowered."""
-        lowered: set[str] = set()
         bonds = {path: [len(s) for s in spectra] for path, spectra in self.spectra.items()}
+        stored = {path: [core.shape[3] for core in cores_of(layer)[:-1]] for path, layer in self.layers.items()}
+        lowered = {
+            path for path in bonds if bonds[path] != stored[path]
+        }  # a cut beside them left bonds above their full size
         count = 0
         while count < self.config.between and self._numbers_at(bonds) > self.config.keep * self.start:
             cut = min(self._cuts(bonds), key=lambda found: (found.error, found.path, found.bond), default=None)
@@ -158,6 +164,7 @@ class _Squeezing:
         for path in lowered:
             cores = rounded(cores_of(self.layers[path]), bonds[path])
             self._put(path, layer_of(self.layers[path], cores))
+        self.lowered = lowered
         return count
 
     def _cuts(self, bonds: Mapping[str, list[int]]) -> list[Cut]:
@@ -177,7 +184,7 @@ class _Squeezing:
     def _tuned(self, number: int) -> float:
         """Tune, if that is asked for, and return the loss on the validation windows."""
         if not self.config.tokens:
-            self.spectra = {path: bond_spectra(cores_of(layer)) for path, layer in self.layers.items()}
+            self.spectra |= {path: bond_spectra(cores_of(self.layers[path])) for path in self.lowered}
             return self._loss()
         calibration = replace(self.calibration, seed=self.calibration.seed + number)
         _, report = self.config._tuning().compress(self.model, calibration)
@@ -194,7 +201,7 @@ class _Squeezing:
         state = {
             name: tensor.detach().clone()
             for name, tensor in self.model.state_dict().items()
-            if not name.startswith(inside)
+            if self.config.tokens and not name.startswith(inside)  # without tuning nothing else changes
         }
         return copy.deepcopy(self.layers), state, dict(self.dropped)
 
@@ -202,6 +209,8 @@ class _Squeezing:
         layers, state, self.dropped = kept
         for path, layer in layers.items():
             self._put(path, layer)
+        if not state:
+            return
         found = self.model.load_state_dict(state, strict=False)
         assert not found.unexpected_keys
         assert all(name.startswith(tuple(f"{path}." for path in layers)) for name in found.missing_keys)

@@ -145,7 +145,7 @@ TABLES = 260 * 32 * 2
         ({"a": {"use": "gptq", "group_size": 16, "bits_for": {"*": 8}}}, lambda n: n * (8 + 24 / 16) / 8),
         (
             {
-                "a": {"use": "mpo", "keep": 0.5, "pivots": False},
+                "a": {"use": "mpo", "keep": 0.5},  # of which one factor stays, so its pivots do
                 "b": {"use": "gptq", "group_size": 16, "bits_for": {"*.outer": 16}},
             },
             lambda n: n * 0.25 * GPTQ_BITS / 8 + 4 * n * 0.25,

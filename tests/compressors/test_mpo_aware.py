@@ -17,6 +17,7 @@ from tensorpress.compressors.decompose.weighted_low_rank import weighted_error
 from tensorpress.compressors.moments import SecondMoment, output_moments
 from tensorpress.compressors.quantize.gptq import GPTQ
 from tensorpress.compressors.recover.lpa import LPA
+from tensorpress.compressors.recover.pela import PELA
 from tensorpress.errors import InputError, StepError
 from tensorpress.kernels.low_rank_linear import LowRankLinear
 from tensorpress.kernels.pivoted_mpo_linear import PivotedMPOLinear
@@ -288,8 +289,61 @@ def test_the_smallest_budget_that_is_named_is_accepted(make_model, allocation, s
         )
 
 
+@pytest.mark.parametrize("fields", [{}, {"plans": "balanced"}, {"sites": 3}, {"plans": "balanced", "sites": 3}])
+def test_a_model_can_be_made_at_the_smallest_budget_that_is_named(make_model, make_calibration, fields):
+    """Layers of many shapes, some of which are cheaper as something other than a low rank."""
+    sizes = {"intermediate_size": 160}
+    structure = find_structure(make_model("llama", **sizes))
+    with pytest.raises(InputError) as caught:
+        MPO(keep=1e-6, **fields).check(make_model("llama", **sizes), structure)
+    smallest = float(re.search(r"the smallest is ([\d.]*\d)", str(caught.value))[1])
+    _, report = MPO(keep=smallest, sweeps=0, **fields).compress(make_model("llama", **sizes), make_calibration())
+    before, after = (sum(getattr(row, f"bytes_{when}") for row in report.layers) for when in ("before", "after"))
+    assert after <= smallest * before
+    assert all(row.action != "dense" for row in report.layers)
+
+
+def test_a_ratio_that_no_size_keeps_is_refused(make_model, make_calibration, one_line, monkeypatch):
+    model = make_model("llama")
+    calibration = make_calibration(12, 16)
+    calibration.original = lambda: model
+    monkeypatch.setattr(Walk, "_perplexity", lambda self, measured: 2.0 if measured is model else 3.0)
+    with pytest.raises(InputError) as caught:
+        MPO(perplexity_ratio=1.2, sweeps=0).compress(copy.deepcopy(model), calibration)
+    one_line(caught, r"perplexity_ratio: 1\.2 was not reached; 1\.5 came nearest, at keep")
+
+
+@pytest.mark.parametrize("sites", [2, 3])
+@pytest.mark.parametrize("allocation", ["uniform", "predicted"])
+def test_weights_that_are_all_zero(make_model, make_calibration, make_ids, outputs, sites, allocation):
+    """As the output projections of blocks that were added to a trained model."""
+    model = make_model("llama")
+    layer = model.model.layers[1].self_attn.o_proj
+    layer.weight.data.zero_()
+    model, _ = MPO(keep=0.5, sites=sites, allocation=allocation).compress(model, make_calibration(12, 16))
+    assert not model.model.layers[1].self_attn.o_proj.dense_weight().any()
+    assert torch.isfinite(outputs(model, make_ids(1, 5))).all()
+
+
+@pytest.mark.parametrize("metric", ["inputs", "loss"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_moments_that_are_not_finite_end_the_step(make_model, make_calibration, name, metric):
+    model = make_model(name)
+    next(p for n, p in model.named_parameters() if "norm" in n or "ln_1" in n).data[0] = float("inf")
+    with pytest.raises(StepError, match="not finite"):
+        MPO(keep=0.5, metric=metric).compress(model, make_calibration(12, 16))
+
+
+def test_spectra_are_told_of_dense_layers_too(make_model, make_calibration):
+    _, report = MPO(keep=0.9, layers=("*mlp*",)).compress(make_model("llama"), make_calibration(12, 16))
+    for row in report.layers:
+        assert row.detail["spectra"] and len(row.detail["entropies"]) == len(row.detail["spectra"])
+        assert sum(row.detail["spectra"][0]) == pytest.approx(1, abs=0.02)
+
+
 @pytest.mark.parametrize(
-    "method", [MPO(keep=0.5), MPO(keep=0.5, metric="weights"), Factorize(keep=0.5, form="svd"), Share(), LPA()]
+    "method",
+    [MPO(keep=0.5), MPO(keep=0.5, metric="weights"), Factorize(keep=0.5, form="svd"), Share(), LPA(), PELA(c=2)],
 )
 def test_quantized_layers_are_refused_with_the_order_that_works(make_model, make_calibration, one_line, method):
     model, _ = GPTQ(bits=4, group_size=16).compress(make_model("llama"), make_calibration())

@@ -133,6 +133,16 @@ def test_it_comes_down_to_the_budget_and_tuning_helps(decomposed, make_ids, outp
     torch.testing.assert_close(outputs(load(tmp_path), ids), outputs(tuned, ids), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("tokens", [0, 96])
+def test_bonds_beside_a_cut_come_down_with_it(decomposed, tokens):
+    """With sites of 2 x 2 a first bond of 3 leaves the second one 12 of its 16."""
+    model, calibration = decomposed(metric="weights", keep=0.999, sites=5)
+    before = sum(len(s) for layer in squeezable(model).values() for s in bond_spectra(cores_of(layer)))
+    _, report = Squeeze(keep=0.8, between=8, tokens=tokens, batch_tokens=96, gap=100).compress(model, calibration)
+    assert report.summary["kept"] <= 0.8 and report.summary["stopped"] == "keep was reached"
+    assert sum(len(s) for layer in squeezable(model).values() for s in bond_spectra(cores_of(layer))) < before
+
+
 @pytest.mark.parametrize("between", [200, 10])
 def test_it_stops_at_the_gap_with_the_last_model_that_held_it(decomposed, between):
     model, calibration = decomposed(**plain(3))

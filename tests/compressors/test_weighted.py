@@ -181,6 +181,17 @@ def test_entropies_rise_up_to_the_middle(seed, sites):
                 assert (entropies[k] < entropies[k + 1]) == (bonds[k] < bonds[k + 1])
 
 
+@pytest.mark.parametrize(("m", "n"), [(256, 256), (768, 256), (100, 300)])
+def test_pivots_never_have_a_lower_rank_than_plain_factors(m, n):
+    """Whatever the multiple that bonds are rounded to; below a rank of sqrt(m / 16) the marks of pivots cost more than they save."""
+    plan = SitePlan("low_rank", (m, 1), (1, n))
+    for keep in np.linspace(0.05, 0.98, 200):
+        allowance = keep * 2 * m * n
+        bond = plan.largest(allowance, True, 16)
+        assert plan.bytes(bond, True) <= allowance
+        assert bond >= min(allowance // (2 * (m + n)), m - 1, n)
+
+
 @pytest.mark.parametrize(("rows", "columns"), SPLITS)
 def test_rounding_drops_what_it_says(seed, rows, columns):
     weight = torch.randn(24, 30, dtype=torch.float64)
