@@ -27,9 +27,9 @@ STARTS: dict[str, dict[str, Any]] = {
 BARRED = "whole, keep 0.65 of every layer"
 RATES: dict[str, dict[str, tuple[float, ...]]] = {
     "pivoted, keep 0.5": {"auxiliary": (1e-3, 5e-4), "all": (5e-4, 3e-4)},
-    "whole, keep 0.65 of every layer": {"auxiliary": (5e-4, 2.5e-4, 1.2e-4), "all": (2.5e-4, 1.2e-4, 6e-5)},
+    "whole, keep 0.65 of every layer": {"auxiliary": (1e-3, 5e-4, 2.5e-4), "all": (2.5e-4, 1.2e-4, 6e-5)},
 }
-"""Learning rates of which the best counts for each: whole cores take lower ones, and all of them lower ones than a few."""
+"""Learning rates, of which the best counts for each. All whole cores together want lower ones than a few of them."""
 
 
 def parts(bench: Bench, name: str, tokens: int) -> dict[str, Any]:
