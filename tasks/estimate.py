@@ -115,9 +115,8 @@ def expected_bytes(plan: Plan, job: Job) -> int:
     tables = sum(math.prod(size) for name, size in shapes.items() if name.endswith((*HEADS, *EMBEDDINGS)))
     cores = 0.0  # numbers of matrix product operators, which gptq leaves alone
     factors = dict[str, float]()  # of low ranks, which it quantizes
-    without_pivots = dict[
-        str, tuple[float, float]
-    ]()  # what they have then, in two factors and in one, of what they had
+    # What quantized low ranks have without pivots, in two factors and in their product, of what they had.
+    without_pivots = dict[str, tuple[float, float]]()
     for config in (link["config"] for link in job.chain):
         if config["use"] == "finercut":
             left = 1 - config["remove"]

@@ -71,11 +71,8 @@ def decompose(
     if len(rows) == 1:
         return [weight.double().reshape(1, rows[0], columns[0], 1)]
     if not bool(weight.any()):  # the library divides by their norm
-        edges = [1, *bonds, 1]
-        return [
-            weight.new_zeros(*shape, dtype=torch.float64)
-            for shape in zip(edges, rows, columns, edges[1:], strict=False)
-        ]
+        shapes = zip((1, *bonds), rows, columns, (*bonds, 1), strict=True)
+        return [weight.new_zeros(*shape, dtype=torch.float64) for shape in shapes]
     from tensorly.decomposition import tensor_train_matrix  # half a second, only where a step decomposes
 
     tensor = np.asarray(weight.detach().double().cpu().numpy()).reshape(*rows, *columns)

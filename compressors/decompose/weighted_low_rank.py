@@ -46,7 +46,7 @@ def weighted_svd(
     With G = L L^T and the eigenvectors U of L^T W H W^T L the solution is L^-T U_r U_r^T L^T W: H is never inverted, so inputs that are
     linearly dependent or never seen need no damping, and at full rank the result is W. G is damped.
     """
-    check_finite(inputs, outputs)
+    check_finite(inputs)
     w = weight.double()
     factor = None if outputs is None else root_of(outputs.double(), damping)
     scaled = w if factor is None else _times(factor, w, transposed=True)  # L^T W
@@ -83,9 +83,9 @@ def weighted_by(rows: torch.Tensor, metric: torch.Tensor | None) -> torch.Tensor
     return rows * metric if metric.ndim == 1 else rows @ metric
 
 
-def check_finite(*moments: torch.Tensor | None) -> None:
-    """Refuse second moments of inputs or gradients that are not finite, before a factorization of them fails or never ends. Raises StepError."""
-    if not all(moment is None or bool(torch.isfinite(moment).all()) for moment in moments):
+def check_finite(moment: torch.Tensor | None) -> None:
+    """Refuse a second moment that is not finite, before a factorization of it fails or never ends. Raises StepError."""
+    if moment is not None and not bool(torch.isfinite(moment).all()):
         raise StepError("the second moments of a layer are not finite; give the model dtype: float32")
 
 

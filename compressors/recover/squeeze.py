@@ -149,9 +149,8 @@ class _Squeezing:
         """Lower up to `between` bonds, each time the one whose cut costs least; how many were lowered."""
         bonds = {path: [len(s) for s in spectra] for path, spectra in self.spectra.items()}
         stored = {path: [core.shape[3] for core in cores_of(layer)[:-1]] for path, layer in self.layers.items()}
-        lowered = {
-            path for path in bonds if bonds[path] != stored[path]
-        }  # a cut beside them left bonds above their full size
+        # A cut beside them leaves bonds above their full size: these come down as well.
+        lowered = {path for path in bonds if bonds[path] != stored[path]}
         count = 0
         while count < self.config.between and self._numbers_at(bonds) > self.config.keep * self.start:
             cut = min(self._cuts(bonds), key=lambda found: (found.error, found.path, found.bond), default=None)
