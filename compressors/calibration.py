@@ -108,12 +108,14 @@ def walk(
     batch_tokens: int = 4096,
     checkpoint_seconds: float = 60.0,
     with_original: bool = False,
+    finished: bool = True,
 ) -> list[LayerReport]:
     """Visit every block in order with its inputs; return what the visits report, joined.
 
     `windows`: int64 [samples, length]. `visit` may change the block in place. With `scratch`, the state after a block is
     saved when more than `checkpoint_seconds` have passed since the last save. `with_original` keeps a second stream of hidden
-    states, that of the model as it came, and a copy of one block.
+    states, that of the model as it came, and a copy of one block. Where the method has more to do than the walk, it is not `finished`: the checkpoint is kept,
+    and whoever asked for that calls `clear` in the end.
     """
     batches = list(windows.to(model.device).split(max(1, batch_tokens // windows.shape[1])))
     arguments = _block_arguments(model, structure, batches)
@@ -133,8 +135,15 @@ def walk(
         streams = [list(one.run()) for one in (inputs, inputs.original) if one is not None]
         checkpoint.save(model, block, found, streams)
     progress(what, len(structure.blocks), len(structure.blocks))
-    checkpoint.clear()
+    if finished:
+        checkpoint.clear()
     return rows
+
+
+def clear(scratch: Path | None) -> None:
+    """Remove the checkpoint of a walk."""
+    if scratch is not None:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _forward(model: PreTrainedModel, batch: torch.Tensor, causal: bool) -> None:
@@ -259,8 +268,7 @@ class _Checkpoint:
         self.unsaved, self.last = [], time.monotonic()
 
     def clear(self) -> None:
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        clear(self.folder)
 
 
 def _write_json(path: Path, value: Any) -> None:

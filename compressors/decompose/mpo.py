@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from tensorpress.compressors.base import Calibration, Compressor, LayerReport, Report
+from tensorpress.compressors.calibration import clear
 from tensorpress.compressors.decompose.embeddings import check_embeddings, decompose_embeddings
 from tensorpress.compressors.decompose.mpo_rows import dense_row, dense_spectra, spectra_of
 from tensorpress.compressors.decompose.mpo_walk import Walk
 from tensorpress.compressors.decompose.permutations import arrange_neurons
 from tensorpress.compressors.decompose.site_plans import WORD, SitePlan, check_sites, fit, most_sites, plans
-from tensorpress.compressors.decompose.targets import check_targets, dense_targets, few_tokens
+from tensorpress.compressors.decompose.targets import check_targets, clamped, dense_targets, few_tokens
 from tensorpress.compressors.decompose.tensor_train import capped_bonds, largest_bond
 from tensorpress.errors import InputError
 from tensorpress.structure import Structure, find_structure, linear_shape, linear_weight, set_module
@@ -154,6 +155,7 @@ class MPO(Compressor):
             summary["note"] = "; ".join(notes)
         if self.embeddings is not None:
             tables = decompose_embeddings(self, model, structure, calibration)
+            clear(calibration.scratch)  # which the walk has left, for this may take long
             kept = sum(row.parameters_after for row in tables)
             summary["embeddings_kept"] = kept / sum(row.parameters_before for row in tables)
             rows += tables
@@ -226,13 +228,7 @@ class MPO(Compressor):
         found = []
         if all(row.action == "dense" for row in rows):
             found.append("every layer stays dense: none has a bond dimension that saves at this size")
-        clamped = 0
-        if self.bond_dimension is not None:
-            for row in rows:
-                plan = self.candidates(*row.detail["shape"])[0]
-                clamped += self.bond_dimension > plan.full_bond
-        if clamped:
-            found.append(f"the bond dimension of {clamped} layers is their full bond, below {self.bond_dimension}")
+        found += clamped(self.bond_dimension, (self.candidates(*row.detail["shape"])[0].full_bond for row in rows))
         if self.metric == "weights":
             return found
         few = sum(self.sites > most_sites(*row.detail["shape"]) for row in rows)

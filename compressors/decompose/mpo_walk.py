@@ -182,6 +182,7 @@ class Walk:
             progress=self.calibration.progress,
             scratch=scratch,
             with_original=self.config.compensation > 0 or self.config.train_steps > 0,
+            finished=self.config.embeddings is None,
         )
 
     def _replace(

@@ -26,7 +26,15 @@ from tensorpress.compressors.decompose.experts import (
 )
 from tensorpress.compressors.decompose.share import fit_shared
 from tensorpress.compressors.decompose.site_plans import WORD, check_sites
-from tensorpress.compressors.decompose.tensor_train import capped_bonds, decompose, factors, full_bonds, parameters
+from tensorpress.compressors.decompose.targets import clamped
+from tensorpress.compressors.decompose.tensor_train import (
+    capped_bonds,
+    decompose,
+    factors,
+    full_bond,
+    full_bonds,
+    parameters,
+)
 from tensorpress.errors import InputError
 from tensorpress.kernels.mpo_linear import mpo_to_matrix
 from tensorpress.kernels.mpoe import SharedExperts, SharedMatrices, SharedMixture
@@ -135,6 +143,7 @@ class MPOE(Compressor):
             "kept": sum(row.parameters_after for row in rows) / sum(row.parameters_before for row in rows),
             "mixtures": len(found),
             "left_dense": sum(row.action == "dense" for row in rows) // len(WEIGHTS),
+            **self._notes(rows),
         }
         return model, Report(rows, summary)
 
@@ -180,8 +189,14 @@ class MPOE(Compressor):
             "mixtures": len(found),
             "experts": experts,
             "active": self.active,
+            **self._notes(rows),
         }
         return Report(rows, summary)
+
+    def _notes(self, rows: list[LayerReport]) -> dict[str, str]:
+        shapes = [row.detail["shape"][1:] for row in rows if row.action != "added"]
+        notes = clamped(self.bond_dimension, (full_bond(self.sites, *shape) for shape in shapes))
+        return {"note": "; ".join(notes)} if notes else {}
 
     def _fit(self, path: str, stack: torch.Tensor, copies: int = 1) -> tuple[SharedMatrices, LayerReport]:
         """MPOs of the matrices [E, m, n], each so many times, with one central core."""

@@ -6,7 +6,6 @@ the layers of a model that shares nothing, all together, by alternating least sq
 
 from __future__ import annotations
 
-import fnmatch
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -19,8 +18,15 @@ from tensorpress.compressors.base import Calibration, Compressor, LayerReport, R
 from tensorpress.compressors.decompose.alternating import conjugate_gradients
 from tensorpress.compressors.decompose.mpo_rows import dense_row
 from tensorpress.compressors.decompose.site_plans import WORD, check_sites
-from tensorpress.compressors.decompose.targets import refuse_quantized
-from tensorpress.compressors.decompose.tensor_train import canonical, capped_bonds, decompose, factors, parameters
+from tensorpress.compressors.decompose.targets import clamped, matching, refuse_quantized
+from tensorpress.compressors.decompose.tensor_train import (
+    canonical,
+    capped_bonds,
+    decompose,
+    factors,
+    full_bond,
+    parameters,
+)
 from tensorpress.errors import InputError
 from tensorpress.kernels.mpo_contraction import merge
 from tensorpress.kernels.mpo_linear import mpo_to_matrix
@@ -71,9 +77,9 @@ class Share(Compressor):
         return sites
 
     def check(self, model: PreTrainedModel, structure: Structure) -> None:
+        refuse_quantized(self.use, model, matching(structure, self.layers))
         groups = self._groups(model, structure)
         if not groups:
-            refuse_quantized(self.use, model, structure.linear_paths)
             raise InputError(
                 f"layers: {', '.join(self.layers)} matches no dense layers of one kind and shape in several blocks"
             )
@@ -96,17 +102,21 @@ class Share(Compressor):
             "groups": len({row.detail["group"] for row in shared}),
             "left_dense": len(rows) - len(shared),
         }
+        notes = clamped(self.bond_dimension, (full_bond(self.sites, *row.detail["shape"]) for row in rows))
         if not shared:
-            summary["note"] = "every layer stays dense: no group takes fewer bytes with a shared core at this size"
+            notes.append("every layer stays dense: no group takes fewer bytes with a shared core at this size")
+        if notes:
+            summary["note"] = "; ".join(notes)
         rows.sort(key=lambda row: structure.linear_paths.index(row.layer))
         return model, Report(rows, summary)
 
     def _groups(self, model: PreTrainedModel, structure: Structure) -> list[list[str]]:
         """Paths of the layers that are to share: the same path within their block and the same shape, `blocks` blocks in a row."""
         found: dict[tuple[str, tuple[int, int], int], list[str]] = {}
+        chosen = set(matching(structure, self.layers))
         for block in structure.blocks:
             for path in block.linear_paths:
-                if is_whole(model, path) and any(fnmatch.fnmatchcase(path, pattern) for pattern in self.layers):
+                if path in chosen and is_whole(model, path):
                     shape = linear_shape(model.get_submodule(path))
                     span = block.index // self.blocks if self.blocks else 0
                     role = path.removeprefix(block.path + ".")

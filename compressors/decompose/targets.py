@@ -15,12 +15,12 @@ from tensorpress.structure import DENSE, Structure
 
 def dense_targets(model: nn.Module, structure: Structure, patterns: Sequence[str]) -> list[str]:
     """Paths of the dense layers of the blocks that match a pattern, in the order of execution."""
-    return [path for path in _matching(structure, patterns) if isinstance(model.get_submodule(path), DENSE)]
+    return [path for path in matching(structure, patterns) if isinstance(model.get_submodule(path), DENSE)]
 
 
 def check_targets(method: str, model: nn.Module, structure: Structure, patterns: Sequence[str]) -> list[str]:
     """The same. Raises InputError where there are none, and where one that matches is quantized."""
-    refuse_quantized(method, model, _matching(structure, patterns))
+    refuse_quantized(method, model, matching(structure, patterns))
     found = dense_targets(model, structure, patterns)
     if not found:
         known = ", ".join(structure.blocks[0].linear_paths)
@@ -46,5 +46,12 @@ def few_tokens(rows: Iterable[LayerReport], calibration: Calibration) -> list[st
     ]
 
 
-def _matching(structure: Structure, patterns: Sequence[str]) -> list[str]:
+def clamped(bond: int | None, full_bonds: Iterable[int]) -> list[str]:
+    """A note where a bond dimension is above the largest bond that layers can have, one for each; else none."""
+    count = 0 if bond is None else sum(bond > full for full in full_bonds)
+    return [f"the bond dimension of {count} layers is their full bond, below {bond}"] if count else []
+
+
+def matching(structure: Structure, patterns: Sequence[str]) -> list[str]:
+    """Paths of the layers of the blocks that match a pattern, in the order of execution."""
     return [path for path in structure.linear_paths if any(fnmatch.fnmatchcase(path, one) for one in patterns)]

@@ -37,6 +37,11 @@ def full_bonds(rows: Sequence[int], columns: Sequence[int]) -> tuple[int, ...]:
     return tuple(min(math.prod(sizes[:k]), math.prod(sizes[k:])) for k in range(1, len(sizes)))
 
 
+def full_bond(sites: int, outputs: int, inputs: int) -> int:
+    """The largest of them for a matrix [outputs, inputs] that is split evenly into sites."""
+    return max(full_bonds(factors(outputs, sites), factors(inputs, sites)))
+
+
 def parameters(rows: Sequence[int], columns: Sequence[int], bonds: Sequence[int]) -> int:
     """Numbers stored by the cores: sum of d_{k-1} i_k j_k d_k."""
     edges = (1, *bonds, 1)

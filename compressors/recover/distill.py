@@ -36,6 +36,7 @@ MICRO_BATCH = 2**25
 """Numbers in the outputs of one backward pass, where a single window does not have more already."""
 PATIENCE = 10
 """So many steps in a row without a finite loss end the training."""
+NOTHING = "nothing was better than the model that came in, which stays; try more tokens or another rate"
 
 
 class Distill(Compressor):
@@ -101,19 +102,8 @@ class Distill(Compressor):
         structure = find_structure(model)
         self.check(model, structure)
         training = Training(self, model, structure, calibration)
-        stored = {p.dtype for p in model.parameters() if p.is_floating_point()}
-        before = training.validation_loss() if stored != {torch.float32} else None
-        with masters(model, self.trained(model)) as parameters:
-            initial = [] if before is None else [p.detach().clone() for p in parameters]
-            training.run(parameters)
-        after = training.best
-        if before is None:
-            before = training.curve[0][1]
-        else:  # what counts is the model in its stored precision
-            after = training.validation_loss()
-            if after >= before:
-                _load(parameters, initial)
-                training.best_step, after = 0, before
+        parameters = self.trained(model)
+        before, after = training.run_stored(parameters)
         size = sum(p.numel() for p in model.parameters())
         row = LayerReport(
             layer="model",
@@ -137,9 +127,7 @@ class Distill(Compressor):
             "precision": training.precision,
         }
         if not training.best_step:
-            summary["note"] = (
-                "nothing was better than the model that came in, which stays; try more tokens or another rate"
-            )
+            summary["note"] = NOTHING
         return model, Report([row], summary)
 
 
@@ -191,6 +179,24 @@ class Training:
         if self.precision == "auto":
             self.precision = "bfloat16" if _has_bfloat16(device) else "float32"
         self.variance = 1.0 if causal else self._teacher_variance()
+
+    def run_stored(self, parameters: list[nn.Parameter]) -> tuple[float, float]:
+        """Train in float32; the validation losses before and after of the model in its stored precision, which is what counts.
+
+        Where rounding eats the gain, the weights that came in are put back. Raises what `run` does.
+        """
+        rounded = any(p.dtype != torch.float32 for p in self.model.parameters() if p.is_floating_point())
+        before = self.validation_loss() if rounded else math.nan
+        with masters(self.model, parameters):
+            initial = [p.detach().clone() for p in parameters] if rounded else []
+            self.run(parameters)
+        if not rounded:
+            return self.curve[0][1], self.best
+        after = self.validation_loss()
+        if not after < before:
+            _load(parameters, initial)
+            self.best_step, after = 0, before
+        return before, after
 
     def run(self, parameters: list[nn.Parameter]) -> None:
         """Train, and leave the best weights in the model. Raises StepError when the loss stays without a finite value."""

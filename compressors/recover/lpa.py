@@ -60,9 +60,9 @@ class LPA(Compressor):
         return self
 
     def check(self, model: PreTrainedModel, structure: Structure) -> None:
-        targets = [path for block in structure.blocks for group in _groups(model, block) for path in group]
-        if not targets:
-            refuse_quantized(self.use, model, structure.linear_paths)
+        attentions = [block.attention for block in structure.blocks if block.attention is not None]
+        refuse_quantized(self.use, model, (path for attention in attentions for path in attention.paths))
+        if not any(_groups(model, block) for block in structure.blocks):
             raise InputError("lpa: no attention of the model has a dense layer left")
         if self.rank is not None and self.rank > structure.hidden_size:
             raise InputError(f"rank: {self.rank} is more than the model's width of {structure.hidden_size}")

@@ -20,7 +20,7 @@ from tensorpress.compressors.base import Calibration, Compressor, LayerReport, P
 from tensorpress.compressors.decompose.site_plans import WORD, check_sites, most_sites
 from tensorpress.compressors.decompose.tensor_train import canonical, decompose, factors, full_bonds, parameters
 from tensorpress.compressors.moments import BATCH_TOKENS
-from tensorpress.compressors.recover.distill import Distill
+from tensorpress.compressors.recover.distill import NOTHING, Distill, Training
 from tensorpress.errors import InputError, StepError
 from tensorpress.kernels.mpo_linear import MPOLinear, mpo_to_matrix
 from tensorpress.structure import DENSE, Structure, find_structure, linear_shape, linear_weight, set_module
@@ -76,6 +76,9 @@ class Overparameterize(Compressor):
     def compress(self, model: PreTrainedModel, calibration: Calibration) -> tuple[PreTrainedModel, Report]:
         structure = find_structure(model)
         self.check(model, structure)
+        training, lessons = self._training(), self._lessons(calibration)
+        stored = Training(training, model, structure, lessons)  # what counts is the model in its stored precision
+        before = stored.validation_loss()
         precisions = {name: parameter.dtype for name, parameter in model.named_parameters()}
         entered = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         for parameter in model.parameters():
@@ -86,18 +89,22 @@ class Overparameterize(Compressor):
             chosen = sorted(gradients, key=lambda path: (-gradients[path], path))[: self.matrices]
             for path in sorted(chosen, key=structure.linear_paths.index):
                 expanded.append(expand(model, path, self.sites))
-            model, trained = self._training().compress(model, self._lessons(calibration))
+            model, trained = training.compress(model, lessons)
         finally:
             rows = [_contracted(model, one, gradients[one.path]) for one in expanded]
             for name, parameter in model.named_parameters():
                 parameter.data = parameter.data.to(precisions[name])
-        if not trained.summary["improved"]:
+        after = stored.validation_loss()
+        learnt: dict[str, Any] = {"improved": trained.summary["improved"] and after < before}
+        if not learnt["improved"]:
             _put_back(model, entered, rows)
+            after, learnt = before, learnt | {"best_step": 0, "note": NOTHING}
         summary: dict[str, Any] = {
             "matrices": [row.layer for row in rows],
-            "loss_before": trained.layers[0].error_before,
-            "loss_after": trained.layers[0].error_after,
+            "loss_before": before,
+            "loss_after": after,
             **trained.summary,
+            **learnt,
         }
         return model, Report(rows, summary)
 

@@ -5,7 +5,6 @@ Source: PELA, Guo et al., CVPR 2024, arXiv 2310.10700 ("Learning parameter-effic
 
 from __future__ import annotations
 
-import fnmatch
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,9 +18,9 @@ from torch import nn
 from tensorpress.compressors.base import Calibration, Compressor, LayerReport, Report
 from tensorpress.compressors.decompose.mpo_rows import dense_row
 from tensorpress.compressors.decompose.site_plans import WORD
-from tensorpress.compressors.decompose.targets import refuse_quantized
+from tensorpress.compressors.decompose.targets import matching, refuse_quantized
 from tensorpress.compressors.decompose.weighted_low_rank import low_rank_layer, weighted_svd
-from tensorpress.compressors.recover.distill import Distill, Training, masters
+from tensorpress.compressors.recover.distill import NOTHING, Distill, Training
 from tensorpress.errors import InputError
 from tensorpress.kernels.low_rank_linear import LowRankLinear, low_rank_numbers
 from tensorpress.structure import Structure, find_structure, is_whole, linear_shape, linear_weight, set_module
@@ -62,9 +61,9 @@ class PELA(Compressor):
     }
 
     def check(self, model: PreTrainedModel, structure: Structure) -> None:
+        refuse_quantized(self.use, model, matching(structure, self.layers))
         targets = self._targets(model, structure)
         if not targets:
-            refuse_quantized(self.use, model, structure.linear_paths)
             known = ", ".join(structure.blocks[0].linear_paths[:3])
             raise InputError(f"layers: {', '.join(self.layers)} matches no dense layer; the blocks have {known}, ...")
         for path in targets:
@@ -98,8 +97,7 @@ class PELA(Compressor):
         return model, Report(rows, summary)
 
     def _targets(self, model: PreTrainedModel, structure: Structure) -> list[str]:
-        dense = [path for path in structure.linear_paths if is_whole(model, path)]
-        return [path for path in dense if any(fnmatch.fnmatchcase(path, pattern) for pattern in self.layers)]
+        return [path for path in matching(structure, self.layers) if is_whole(model, path)]
 
     def _factorize(self, model: PreTrainedModel, path: str) -> LayerReport:
         start = time.monotonic()
@@ -135,12 +133,11 @@ class PELA(Compressor):
         training = _FeatureTraining(
             config, model, structure, calibration, feature_weight=self.feature_weight, bound=self.bound, factors=factors
         )
-        with masters(model, config.trained(model)) as parameters:
-            training.run(parameters)
-        return {
+        before, after = training.run_stored(config.trained(model))
+        found: dict[str, Any] = {
             "improved": training.best_step > 0,
-            "loss_before": training.curve[0][1],
-            "loss_after": training.best,
+            "loss_before": before,
+            "loss_after": after,
             "tokens": training.tokens,
             "steps": training.steps,
             "best_step": training.best_step,
@@ -148,6 +145,9 @@ class PELA(Compressor):
             "skipped": training.skipped,
             "precision": training.precision,
         }
+        if not training.best_step:
+            found["note"] = NOTHING.replace("the model that came in", "the truncated SVD")
+        return found
 
 
 @dataclass

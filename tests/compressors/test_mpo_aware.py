@@ -17,12 +17,14 @@ from tensorpress.compressors.decompose.weighted_low_rank import weighted_error
 from tensorpress.compressors.moments import SecondMoment, output_moments
 from tensorpress.compressors.quantize.gptq import GPTQ
 from tensorpress.compressors.recover.lpa import LPA
+from tensorpress.compressors.recover.mpo_tune import MPOTune
 from tensorpress.compressors.recover.pela import PELA
+from tensorpress.compressors.recover.squeeze import Squeeze
 from tensorpress.errors import InputError, StepError
 from tensorpress.kernels.low_rank_linear import LowRankLinear
 from tensorpress.kernels.pivoted_mpo_linear import PivotedMPOLinear
 from tensorpress.loading import load
-from tensorpress.structure import find_structure, linear_weight
+from tensorpress.structure import find_structure, linear_weight, set_module
 
 
 def weight_bytes(layer):
@@ -97,6 +99,38 @@ def test_the_same_twice_and_after_a_stop(make_model, make_calibration, tmp_path,
     assert len(done) < 16 + len(find_structure(first).linear_paths)
     found = third.state_dict()
     assert found.keys() == states[0].keys() and all(torch.equal(states[0][n], found[n]) for n in found)
+
+
+def test_a_stop_in_the_embeddings_does_not_repeat_the_blocks(make_model, make_calibration, tmp_path, monkeypatch):
+    method, calibration, done = MPO(keep=0.6, embeddings=0.6, multiple=1), make_calibration(12, 16), []
+    model = make_model("llama")
+    models = [copy.deepcopy(model) for _ in range(3)]
+    layers = len(find_structure(models[0]).linear_paths)
+    method.compress(models[0], calibration)
+    calibration.scratch = tmp_path / "scratch"
+    replace = Walk._replace
+
+    def save(*arguments, **named):
+        return walk(*arguments, **named, checkpoint_seconds=0)
+
+    def count(self, *rest):
+        done.append(rest)
+        return replace(self, *rest)
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tensorpress.compressors.decompose.mpo_walk.walk", save)
+    monkeypatch.setattr(Walk, "_replace", count)
+    with monkeypatch.context() as patched:
+        patched.setattr("tensorpress.compressors.decompose.mpo.decompose_embeddings", stop)
+        with pytest.raises(KeyboardInterrupt):
+            method.compress(models[1], calibration)
+    assert len(done) == layers
+    method.compress(models[2], calibration)
+    assert len(done) == layers and not calibration.scratch.exists()
+    expected, found = (model.state_dict() for model in (models[0], models[2]))
+    assert expected.keys() == found.keys() and all(torch.equal(expected[n], found[n]) for n in found)
 
 
 def test_an_aware_decomposition_gives_outputs_that_are_nearer(make_model, make_calibration, outputs):
@@ -227,6 +261,8 @@ def test_a_bond_dimension_is_clamped_and_said(make_model, make_calibration):
     _, report = MPO(bond_dimension=1000).compress(make_model("llama"), make_calibration(12, 16))
     assert "the bond dimension of 21 layers is their full bond, below 1000" in report.summary["note"]
     assert report.summary["left_dense"] == 21
+    _, report = MPO(bond_dimension=1000, metric="weights").compress(make_model("llama"), make_calibration())
+    assert "the bond dimension of 21 layers is their full bond, below 1000" in report.summary["note"]
     _, report = MPO(bond_dimension=5, plans="low_rank", multiple=1).compress(
         make_model("llama"), make_calibration(12, 16)
     )
@@ -350,6 +386,38 @@ def test_quantized_layers_are_refused_with_the_order_that_works(make_model, make
     with pytest.raises(InputError) as caught:
         method.check(model, find_structure(model))
     one_line(caught, rf"{method.use}: .*_proj is quantized; decompose first, then quantize")
+
+
+@pytest.mark.parametrize("method", [MPO(keep=0.5), Share(), LPA(), PELA(c=2)])
+def test_one_quantized_layer_among_others_is_refused_too(make_model, make_calibration, one_line, method):
+    model, _ = GPTQ(bits=4, group_size=16).compress(make_model("llama"), make_calibration())
+    plain = make_model("llama")
+    quantized = "model.layers.1.self_attn.v_proj"
+    set_module(plain, quantized, model.get_submodule(quantized))
+    with pytest.raises(InputError) as caught:
+        method.check(plain, find_structure(plain))
+    one_line(caught, f"{method.use}: {quantized} is quantized; decompose first, then quantize")
+
+
+def test_quantized_cores_are_neither_tuned_nor_squeezed(make_model, make_calibration, one_line):
+    calibration = make_calibration(12, 16)
+    model, _ = MPO(keep=0.6, plans="balanced", sites=3, layers=("*mlp*",), multiple=1).compress(
+        make_model("llama"), calibration
+    )
+    model, _ = GPTQ(bits=4, group_size=16).compress(model, calibration)
+    for method in (MPOTune(tokens=100), Squeeze(keep=0.5)):
+        with pytest.raises(InputError) as caught:
+            method.compress(copy.deepcopy(model), calibration)
+        one_line(caught, "quantized weights cannot be trained; put it before the quantization")
+
+
+def test_layers_that_carry_fewer_sites_are_counted(make_model, make_calibration):
+    model = make_model("llama", hidden_size=32, intermediate_size=64)  # 32 x 32 has five sites, 64 x 32 six
+    _, report = MPO(keep=0.6, sites=6).compress(model, make_calibration(12, 16))
+    note = "12 layers carry fewer than 6 sites; no balanced plan was tried for them"
+    assert note in report.summary["note"]
+    tried = {row.layer: row.detail["losses"] for row in report.layers if row.action != "dense"}
+    assert tried and all(("balanced 6 sites" in losses) == ("mlp" in path) for path, losses in tried.items())
 
 
 @pytest.mark.parametrize(

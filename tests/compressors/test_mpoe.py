@@ -445,6 +445,15 @@ def test_what_cannot_be_is_refused_before_any_work(make_model, make_mixture, one
         one_line(caught, match)
 
 
+def test_a_bond_dimension_above_the_full_bond_is_said(make_model, make_mixture, make_calibration):
+    for model, fields in ((make_mixture(), {}), (make_model("llama"), {"experts": 2})):
+        for bond, said in ((100_000, True), (2, False)):
+            _, report = MPOE(bond_dimension=bond, sweeps=0, **fields).compress(copy.deepcopy(model), make_calibration())
+            matrices = sum(row.action != "added" for row in report.layers)
+            note = f"the bond dimension of {matrices} layers is their full bond, below 100000"
+            assert report.summary.get("note") == (note if said else None)
+
+
 @pytest.mark.parametrize(
     "fields",
     [

@@ -177,6 +177,12 @@ def test_two_runs_give_the_same_bits_and_sixteen_bits_are_kept(make_model, seed)
     for student in (first, second):
         _, report = method(tokens=600).compress(student, calibration_of(seed, teacher.bfloat16()))
         assert report.summary["steps"] > 0
+        _, report = method(tokens=600, learning_rate=1e-9).compress(
+            copy.deepcopy(student), calibration_of(seed, teacher)
+        )
+        assert not report.summary["improved"] and report.summary["best_step"] == 0 and "note" in report.summary
+        assert report.summary["loss_after"] == report.summary["loss_before"]
+        assert all(row.action == "unchanged" for row in report.layers)
     assert form(first) == shape
     assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True))
 

@@ -109,6 +109,23 @@ def test_it_learns_outputs_and_features(make_model, seed, name):
     assert all(p.dtype == torch.float32 and p.grad is None for p in student.parameters())
 
 
+@pytest.mark.parametrize("rate", [5e-3, 1e-8])
+def test_what_counts_is_the_model_as_it_is_stored(make_model, seed, rate):
+    """Changes too small for the stored precision are no gain: the truncated SVD stays, and is said."""
+    teacher = make_model("llama", num_hidden_layers=2).bfloat16()
+    calibration = calibration_of(seed, teacher)
+    start, _ = method(tokens=0).compress(copy.deepcopy(teacher), calibration)
+    student, report = method(learning_rate=rate).compress(copy.deepcopy(teacher), calibration)
+    summary, ids = report.summary, calibration.validation
+    assert all(p.dtype == torch.bfloat16 for p in student.parameters())
+    assert summary["loss_before"] == pytest.approx(loss(teacher, start, ids, 1.0), rel=0.02)
+    assert summary["loss_after"] == pytest.approx(loss(teacher, student, ids, 1.0), rel=0.02)
+    assert summary["improved"] == (rate == 5e-3) == ("note" not in summary)
+    if not summary["improved"]:
+        assert summary["loss_after"] == summary["loss_before"]
+        assert all(torch.equal(a, b) for a, b in zip(start.parameters(), student.parameters(), strict=True))
+
+
 def test_features_are_nearer_where_they_are_learnt(make_model, seed):
     teacher = make_model("llama", num_hidden_layers=3)
     calibration, distances = calibration_of(seed, teacher), {}

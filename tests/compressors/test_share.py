@@ -233,6 +233,13 @@ def test_what_would_not_shrink_stays_dense(make_model, make_calibration):
     assert total <= sum(row.bytes_before for row in report.layers)
 
 
+def test_a_bond_dimension_above_the_full_bond_is_said(make_model, make_calibration):
+    for bond, said in ((1000, True), (2, False)):
+        _, report = Share(sites=3, bond_dimension=bond).compress(make_model("llama"), make_calibration())
+        note = "the bond dimension of 21 layers is their full bond, below 1000"
+        assert (note in report.summary.get("note", "")) == said
+
+
 @pytest.mark.parametrize(
     ("fields", "match"),
     [
