@@ -52,6 +52,8 @@ FACTORIZED = {
     for form in ("svd", "asvd", "kronecker", "block_low_rank", "low_rank_sparse", "mpo_sparse")
 }
 OPTIONS: dict[str, dict[str, Any]] = {
+    "mpo, 2 balanced sites": {"use": "mpo", "plans": "balanced"},
+    "mpo, 3 balanced sites": {"use": "mpo", "plans": "balanced", "sites": 3},
     "mpo, blocks trained": {**LOW_RANK, "train_steps": 200},
     "mpo, all site plans, arranged": {"use": "mpo", "plans": "auto", "arrange": True},
     "low rank + sparse columns": {"use": "factorize", "form": "low_rank_sparse", "channels": True},

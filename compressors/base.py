@@ -47,6 +47,8 @@ class Calibration:
     """Folder for checkpoints of a long walk; kept when the step dies, and read when it is run again."""
     marks: Marks = NO_MARKS
     """What stands around the text in `windows` and `validation`, and does not in `stream`."""
+    stored: torch.dtype | None = None
+    """The precision that the model will be stored in, where it works in another: what is gained by training has to outlast it."""
 
 
 @dataclass

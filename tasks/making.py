@@ -104,7 +104,8 @@ def _calibration(job: Job, parent: Path, store: Store, kind: str) -> Calibration
     tokenizer = read_tokenizer(parent)
     marks = marks_of(tokenizer, kind)
     found = calibration_windows(job.calibration, tokenizer, job.seed, marks)
-    return Calibration(*found, job.seed, _original(job), reporter(job.node), store.scratch(job.digest), marks)
+    stored = stored_dtype(Path(job.root["path"]))
+    return Calibration(*found, job.seed, _original(job), reporter(job.node), store.scratch(job.digest), marks, stored)
 
 
 def _original(job: Job) -> Callable[[], PreTrainedModel]:

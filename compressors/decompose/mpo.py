@@ -49,7 +49,7 @@ class MPO(Compressor):
     perplexity_ratio: float | None = Field(
         None, gt=1, description="largest ratio on the validation windows, instead of `keep`; causal models"
     )
-    sites: int = Field(2, ge=2, le=7, description="number of cores")
+    sites: int = Field(2, ge=2, le=7, description="number of cores; the largest that is tried for plans: auto")
     layers: tuple[str, ...] = Field(("*",), description="which layers: patterns on their paths, such as *mlp*")
     metric: Literal["loss", "inputs", "weights"] = Field("loss", description="what is minimised")
     plans: Literal["auto", "low_rank", "balanced"] | None = Field(
@@ -92,6 +92,10 @@ class MPO(Compressor):
         sizes = (self.keep, self.bond_dimension, self.bytes, self.perplexity_ratio)
         if sum(size is not None for size in sizes) != 1:
             raise ValueError("one of keep (a share between 0 and 1) and bond_dimension (or bytes, or perplexity_ratio)")
+        if self.perplexity_ratio is not None and self.embeddings is not None:
+            raise ValueError(
+                "perplexity_ratio is measured on the blocks' layers alone; with embeddings use keep or bytes"
+            )
         if self.metric == "weights":
             for name, value in (("bytes", self.bytes), ("perplexity_ratio", self.perplexity_ratio)):
                 if value is not None:
@@ -233,5 +237,5 @@ class MPO(Compressor):
             return found
         few = sum(self.sites > most_sites(*row.detail["shape"]) for row in rows)
         if few and self._plans == "auto":
-            found.append(f"{few} layers carry fewer than {self.sites} sites; no balanced plan was tried for them")
+            found.append(f"{few} layers carry fewer than {self.sites} sites; no plan of so many was tried for them")
         return found + few_tokens(rows, calibration)

@@ -208,7 +208,8 @@ class MPOE(Compressor):
         separate = [[core.to(stack.device) for core in decompose(weight, rows, columns, bonds)] for weight in stack]
         exact = len(stack) == 1 and bonds == full_bonds(rows, columns)
         fitted = fit_shared(list(stack), separate, 0 if exact else self.sweeps)
-        made = SharedMatrices.from_cores([[core.to(stack) for core in cores] for cores in copies * fitted])
+        fitted = [[core.to(stack) for core in cores] for cores in fitted]
+        made = SharedMatrices.from_cores(copies * fitted)
         center = made.center.numel()
         after = center + count * (parameters(rows, columns, bonds) - center)
         before = stack.numel()

@@ -148,7 +148,8 @@ class Share(Compressor):
             report.action = "shared"
             report.parameters_after = own + (center if place == 0 else 0)
             report.bytes_after = WORD * report.parameters_after
-            report.error_before, report.error_after = errors_before[place], _relative_error(cores, weights[place])
+            stored = [*auxiliary[:middle], shared.core.detach(), *auxiliary[middle:]]
+            report.error_before, report.error_after = errors_before[place], _relative_error(stored, weights[place])
             report.detail |= {"group": paths[0], "out_factors": rows, "in_factors": columns, "bonds": bonds}
             report.seconds = round((time.monotonic() - start) / len(paths), 3)
         return reports
@@ -162,16 +163,17 @@ def fit_shared(weights: Sequence[torch.Tensor], separate: Sequence[Cores], sweep
     is the sum of the squared relative errors; it never rises. One weight without sweeps keeps its MPO.
     """
     norms = [max(float(weight.double().norm()), 1e-300) for weight in weights]
-    targets = [weight.double() / norm for weight, norm in zip(weights, norms, strict=True)]
     middle = len(separate[0]) // 2
     fitted = _aligned([canonical(cores, middle) for cores in separate], norms)
     for _ in range(sweeps):
-        for cores, target in zip(fitted, targets, strict=True):
+        for cores, weight, norm in zip(fitted, weights, norms, strict=True):
+            target = weight.double() / norm  # of one layer at a time
             for k in range(len(cores)):
                 if k != middle:
                     _solve_core(cores, target, k)
-        _descend_center(fitted, targets)
-    scale = math.exp(sum(math.log(norm) for norm in norms) / len(norms))
+        _descend_center(fitted, weights, norms)
+    logs = [math.log(norm) for norm, weight in zip(norms, weights, strict=True) if bool(weight.any())]
+    scale = math.exp(sum(logs) / max(1, len(logs)))
     center = fitted[0][middle] * scale  # with numbers of the size of the weights', so that one learning rate suits all
     others = [(cores[0] * (norm / scale), cores) for cores, norm in zip(fitted, norms, strict=True)]
     return [[first, *cores[1:middle], center, *cores[middle + 1 :]] for first, cores in others]
@@ -263,7 +265,7 @@ def _solve_core(cores: Cores, target: torch.Tensor, k: int) -> None:
     left, right, moved = _projected(target, cores, k)
     solved = torch.tensordot(torch.linalg.pinv(left, hermitian=True), moved, 1)
     solved = torch.tensordot(solved, torch.linalg.pinv(right, hermitian=True), 1)
-    if _energy(left, right, moved, solved) <= _energy(left, right, moved, cores[k]):
+    if _energy(left, right, moved, solved) < _energy(left, right, moved, cores[k]):
         cores[k] = solved
 
 
@@ -273,16 +275,21 @@ def _energy(left: torch.Tensor, right: torch.Tensor, moved: torch.Tensor, core: 
     return float((core * (applied - 2 * moved)).sum())
 
 
-def _descend_center(layers: list[Cores], targets: Sequence[torch.Tensor]) -> None:
+def _descend_center(layers: list[Cores], weights: Sequence[torch.Tensor], norms: Sequence[float]) -> None:
     """Conjugate gradients for the core that all layers share: sum over the layers of X^T X C Y Y^T = X^T W Y^T."""
     middle = len(layers[0]) // 2
-    systems = [_projected(target, cores, middle) for cores, target in zip(layers, targets, strict=True)]
+    systems, wanted = [], torch.zeros_like(layers[0][middle])
+    for cores, weight, norm in zip(layers, weights, norms, strict=True):
+        left, right, moved = _projected(weight.double() / norm, cores, middle)
+        systems.append((left, right))
+        wanted += moved
 
     def apply(core: torch.Tensor) -> torch.Tensor:
-        parts = [torch.tensordot(torch.tensordot(left, core, 1), right, 1) for left, right, _ in systems]
-        return torch.stack(parts).sum(0)
+        total = torch.zeros_like(core)
+        for left, right in systems:
+            total += torch.tensordot(torch.tensordot(left, core, 1), right, 1)
+        return total
 
-    wanted = torch.stack([moved for _, _, moved in systems]).sum(0)
     core = conjugate_gradients(apply, wanted, layers[0][middle], STEPS)
     for cores in layers:
         cores[middle] = core

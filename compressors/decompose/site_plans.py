@@ -95,16 +95,15 @@ def check_sites(sites: int, what: str, outputs: int, inputs: int, field: str = "
 
 
 def plans(outputs: int, inputs: int, sites: int, which: Literal["auto", "balanced", "low_rank"]) -> list[SitePlan]:
-    """The plans of a family for a shape, `low_rank` first. `auto` has all kinds that the shape can carry."""
+    """The plans of a family for a shape, `low_rank` first. `auto` has all kinds that the shape can carry, the balanced of up to so many sites."""
     low_rank = SitePlan("low_rank", (outputs, 1), (1, inputs))
     if which == "low_rank":
         return [low_rank]
-    balanced = SitePlan("balanced", factors(outputs, sites), factors(inputs, sites))
+    counts = [sites] if which == "balanced" else range(2, min(sites, most_sites(outputs, inputs)) + 1)
+    balanced = [SitePlan("balanced", factors(outputs, count), factors(inputs, count)) for count in counts]
     if which == "balanced":
-        return [balanced]
-    found = [low_rank]
-    if sites <= most_sites(outputs, inputs):
-        found.append(balanced)
+        return balanced
+    found = [low_rank, *balanced]
     if outputs % 2 == 0 and outputs > 2:
         found.append(SitePlan("folded", (outputs // 2, 2), (1, inputs)))
     return found

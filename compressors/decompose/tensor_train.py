@@ -71,13 +71,15 @@ def decompose(
     """TT-SVD of weight [prod rows, prod columns] into cores [d_{k-1}, i_k, j_k, d_k], in float64.
 
     At full bonds the product of the cores is the weight; below, its Frobenius error is the root of the sum of squares of
-    the singular values that each cut drops.
+    the singular values that each cut drops. Of a zero matrix the first core is zero, the others have orthonormal rows, as those of a TT-SVD
+    have from the right: they can be trained.
     """
     if len(rows) == 1:
         return [weight.double().reshape(1, rows[0], columns[0], 1)]
     if not bool(weight.any()):  # the library divides by their norm
         shapes = zip((1, *bonds), rows, columns, (*bonds, 1), strict=True)
-        return [weight.new_zeros(*shape, dtype=torch.float64) for shape in shapes]
+        cores = [torch.eye(s[0], math.prod(s[1:]), dtype=torch.float64).reshape(s) for s in shapes]
+        return [torch.zeros_like(cores[0]), *cores[1:]]
     from tensorly.decomposition import tensor_train_matrix  # half a second, only where a step decomposes
 
     tensor = np.asarray(weight.detach().double().cpu().numpy()).reshape(*rows, *columns)

@@ -141,10 +141,11 @@ def low_rank_layer(
 ) -> LowRankLinear:
     """The layer of W = left [m, r] @ right [r, n] in a precision; with pivots, rows of W are its inner weight.
 
-    Without, both factors have the same norm for each rank.
+    Without, both factors have the same norm for each rank; where W is zero the right one is, and can still be trained.
     """
     if pivoted:
         mask, coefficients = pivot_rows(left)
         return LowRankLinear.from_factors((left[mask] @ right).to(dtype), coefficients.to(dtype), mask, bias)
-    scale = (right.norm(dim=1) / left.norm(dim=0).clamp(min=1e-300)).clamp(min=1e-300).sqrt()
+    before, behind = left.norm(dim=0).clamp(min=1e-300), right.norm(dim=1)
+    scale = torch.where(behind > 0, (behind / before).sqrt(), 1 / before)
     return LowRankLinear.from_factors((right / scale[:, None]).to(dtype), (left * scale).to(dtype), None, bias)

@@ -17,9 +17,13 @@ from tensorpress.compressors.calibration import BlockInputs, walk
 from tensorpress.compressors.moments import SecondMoment
 from tensorpress.compressors.quantize.factors import INNER, OUTER, Contracted, prepare, refitted
 from tensorpress.errors import InputError, StepError
+from tensorpress.kernels.factorized_embedding import TiedHead
 from tensorpress.kernels.kernel_layer import kernel_layers
 from tensorpress.kernels.low_rank_linear import LowRankLinear
+from tensorpress.kernels.mpo_linear import MPOLinear
+from tensorpress.kernels.pivoted_mpo_linear import PivotedMPOLinear
 from tensorpress.kernels.quantized_linear import QuantizedLinear
+from tensorpress.kernels.shared_mpo_linear import SharedMPOLinear
 from tensorpress.structure import DENSE, Block, Structure, find_structure, linear_shape, linear_weight, set_module
 
 if TYPE_CHECKING:
@@ -192,6 +196,7 @@ class GPTQ(Compressor):
 
     Of a layer of low rank both factors are quantized. They are first brought to the gauge in which that harms least, where pivots are given up,
     and the outer factor is fitted anew to what the inner one has become. Where the factors would then be no smaller than their product, that is quantized.
+    The cores of other matrix product operators stay as they are, which is said.
 
     Report: `error_before` is the relative output error of rounding to nearest on the same grid, `error_after` that of GPTQ.
     """
@@ -240,9 +245,11 @@ class GPTQ(Compressor):
         structure = find_structure(model)
         self.check(model, structure)
         self.check_layers(model, structure)
+        notes = _left_alone(model)
         if not self._targets(model, structure):
-            note = "nothing was quantized: every layer is decomposed; leave some dense with mpo's `layers`"
-            return model, Report([], {"bits": self.bits, "group_size": self.group_size, "layers": 0, "note": note})
+            notes.insert(0, "nothing was quantized: every layer is decomposed; leave some dense with mpo's `layers`")
+            summary = {"bits": self.bits, "group_size": self.group_size, "layers": 0, "note": "; ".join(notes)}
+            return model, Report([], summary)
         targets = self._targets(model, structure)
         numbers = {path: linear_weight(model.get_submodule(path)).numel() for path in targets}
         prepare(model, {path: self.bits_of(path) for path in targets})
@@ -260,7 +267,8 @@ class GPTQ(Compressor):
             pair = (row.layer + INNER, row.layer + OUTER)
             before = numbers.get(row.layer) or sum(numbers[part] for part in pair)
             row.parameters_before, row.bytes_before = before, 2 * before
-        return model, Report(rows, {"bits": self.bits, "group_size": self.group_size, "layers": len(rows)})
+        summary = {"bits": self.bits, "group_size": self.group_size, "layers": len(rows)}
+        return model, Report(rows, summary | ({"note": "; ".join(notes)} if notes else {}))
 
     def _targets(self, model: PreTrainedModel, structure: Structure) -> list[str]:
         return [path for path in structure.linear_paths if self._is_target(model, path)]
@@ -344,3 +352,13 @@ class GPTQ(Compressor):
             bias,
             zero_offset=1 if self.symmetric else 0,
         )
+
+
+def _left_alone(model: nn.Module) -> list[str]:
+    """A note where layers are made of cores, which are not quantized; else none."""
+    tables = [module.table for module in model.modules() if isinstance(module, TiedHead)]
+    kinds = (MPOLinear, PivotedMPOLinear, SharedMPOLinear)
+    count = sum(isinstance(module, kinds) and module not in tables for module in model.modules())
+    return [
+        f"the cores of {count} layers stay at 16 bits; mpo with plans: low_rank makes factors that are quantized"
+    ] * (count > 0)

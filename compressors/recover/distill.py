@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -185,13 +185,17 @@ class Training:
 
         Where rounding eats the gain, the weights that came in are put back. Raises what `run` does.
         """
-        rounded = any(p.dtype != torch.float32 for p in self.model.parameters() if p.is_floating_point())
+        stored = self.calibration.stored
+        round_to(self.model.parameters(), stored)
+        dtypes = {p.dtype for p in self.model.parameters() if p.is_floating_point()} | {stored or torch.float32}
+        rounded = dtypes != {torch.float32}
         before = self.validation_loss() if rounded else math.nan
         with masters(self.model, parameters):
             initial = [p.detach().clone() for p in parameters] if rounded else []
             self.run(parameters)
         if not rounded:
             return self.curve[0][1], self.best
+        round_to(parameters, stored)
         after = self.validation_loss()
         if not after < before:
             _load(parameters, initial)
@@ -319,6 +323,15 @@ def masters(model: PreTrainedModel, trained: list[nn.Parameter]) -> Iterator[lis
         for layer, kernel in kernels:
             layer.kernel = kernel
         model.train(was_training)
+
+
+@torch.no_grad()
+def round_to(parameters: Iterable[nn.Parameter], stored: torch.dtype | None) -> None:
+    """Round parameters, which keep their dtype, to the precision that they will be stored in; None leaves them."""
+    if stored is not None:
+        for parameter in parameters:
+            if parameter.is_floating_point() and parameter.dtype != stored:
+                parameter.copy_(parameter.to(stored))
 
 
 @torch.no_grad()

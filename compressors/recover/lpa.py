@@ -18,8 +18,8 @@ from tensorpress.compressors.base import Calibration, Compressor, LayerReport, R
 from tensorpress.compressors.calibration import BlockInputs, walk
 from tensorpress.compressors.decompose.mpo_rows import dense_row
 from tensorpress.compressors.decompose.site_plans import WORD
-from tensorpress.compressors.decompose.targets import refuse_quantized
-from tensorpress.compressors.decompose.weighted_low_rank import low_rank_layer, weighted_error, weighted_svd
+from tensorpress.compressors.decompose.targets import few_tokens, refuse_quantized
+from tensorpress.compressors.decompose.weighted_low_rank import damped, low_rank_layer, weighted_error, weighted_svd
 from tensorpress.compressors.moments import SecondMoment
 from tensorpress.errors import InputError
 from tensorpress.kernels.low_rank_linear import low_rank_numbers
@@ -47,6 +47,8 @@ class LPA(Compressor):
     share: float | None = Field(
         None, gt=0, le=1, description=f"inner dimension as a share of the model's width; {SHARE} if neither is given"
     )
+
+    damping: float = Field(1e-3, gt=0, le=1, description="share of the mean diagonal that is added to the moments")
 
     needs_calibration: ClassVar[bool] = True
     may_not_follow: ClassVar[Mapping[str, str]] = {
@@ -82,7 +84,7 @@ class LPA(Compressor):
                 first = model.get_submodule(group[0])
                 moment = SecondMoment(linear_shape(first)[1], linear_weight(first).device)
                 inputs.observe(first, moment.add)
-                rows += [_project(model, path, rank, moment.matrix) for path in group]
+                rows += [_project(model, path, rank, damped(moment.matrix, self.damping)) for path in group]
             return rows
 
         rows = walk(
@@ -97,8 +99,11 @@ class LPA(Compressor):
         before, after = sum(row.parameters_before for row in rows), sum(row.parameters_after for row in rows)
         dense = sum(row.action == "dense" for row in rows)
         summary: dict[str, Any] = {"rank": rank, "kept": after / before, "layers": len(rows), "left_dense": dense}
+        notes = few_tokens(rows, calibration)
         if dense == len(rows):
-            summary["note"] = f"every layer stays dense: none gets smaller at a rank of {rank}"
+            notes.append(f"every layer stays dense: none gets smaller at a rank of {rank}")
+        if notes:
+            summary["note"] = "; ".join(notes)
         return model, Report(rows, summary)
 
 

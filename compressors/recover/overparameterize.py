@@ -20,7 +20,7 @@ from tensorpress.compressors.base import Calibration, Compressor, LayerReport, P
 from tensorpress.compressors.decompose.site_plans import WORD, check_sites, most_sites
 from tensorpress.compressors.decompose.tensor_train import canonical, decompose, factors, full_bonds, parameters
 from tensorpress.compressors.moments import BATCH_TOKENS
-from tensorpress.compressors.recover.distill import NOTHING, Distill, Training
+from tensorpress.compressors.recover.distill import NOTHING, Distill, Training, round_to
 from tensorpress.errors import InputError, StepError
 from tensorpress.kernels.mpo_linear import MPOLinear, mpo_to_matrix
 from tensorpress.structure import DENSE, Structure, find_structure, linear_shape, linear_weight, set_module
@@ -94,6 +94,7 @@ class Overparameterize(Compressor):
             rows = [_contracted(model, one, gradients[one.path]) for one in expanded]
             for name, parameter in model.named_parameters():
                 parameter.data = parameter.data.to(precisions[name])
+        round_to(model.parameters(), calibration.stored)
         after = stored.validation_loss()
         learnt: dict[str, Any] = {"improved": trained.summary["improved"] and after < before}
         if not learnt["improved"]:
@@ -118,10 +119,11 @@ class Overparameterize(Compressor):
         )
 
     def _lessons(self, calibration: Calibration) -> Calibration:
-        """The calibration with the teacher that the objective asks for."""
+        """The calibration with the teacher that the objective asks for; cores are not what is stored."""
+        lessons = replace(calibration, stored=None)
         if self.objective == "distill":
-            return calibration
-        return replace(calibration, original=lambda: cast("PreTrainedModel", NextToken(calibration.original())))
+            return lessons
+        return replace(lessons, original=lambda: cast("PreTrainedModel", NextToken(calibration.original())))
 
 
 class NextToken(nn.Module):

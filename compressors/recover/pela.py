@@ -20,7 +20,7 @@ from tensorpress.compressors.decompose.mpo_rows import dense_row
 from tensorpress.compressors.decompose.site_plans import WORD
 from tensorpress.compressors.decompose.targets import matching, refuse_quantized
 from tensorpress.compressors.decompose.weighted_low_rank import low_rank_layer, weighted_svd
-from tensorpress.compressors.recover.distill import NOTHING, Distill, Training
+from tensorpress.compressors.recover.distill import NOTHING, Distill, Training, round_to
 from tensorpress.errors import InputError
 from tensorpress.kernels.low_rank_linear import LowRankLinear, low_rank_numbers
 from tensorpress.structure import Structure, find_structure, is_whole, linear_shape, linear_weight, set_module
@@ -77,12 +77,14 @@ class PELA(Compressor):
         structure = find_structure(model)
         self.check(model, structure)
         targets = self._targets(model, structure)
-        weights = {path: linear_weight(model.get_submodule(path)).detach() for path in targets}
+        kept = targets if self.tokens else ()  # what the trained factors are compared with
+        weights = {path: linear_weight(model.get_submodule(path)).detach() for path in kept}
         rows = []
         for done, path in enumerate(targets):
             calibration.progress("pela", done, len(targets))
             rows.append(self._factorize(model, path))
         factors = [cast("LowRankLinear", model.get_submodule(path)) for path in targets]
+        round_to((p for layer in factors for p in layer.parameters()), calibration.stored)
         entered = [[p.detach().clone() for p in (layer.inner.weight, layer.outer.weight)] for layer in factors]
         summary: dict[str, Any] = {
             "kept": sum(row.parameters_after for row in rows) / sum(row.parameters_before for row in rows),
@@ -91,7 +93,10 @@ class PELA(Compressor):
         if self.tokens:
             summary |= self._train(model, structure, calibration, factors)
         for row, layer, before in zip(rows, factors, entered, strict=True):
-            row.error_after = _relative_error(layer.dense_weight().detach(), weights[row.layer])
+            weight = weights.pop(row.layer, None)
+            row.error_after = row.error_before
+            if weight is not None:
+                row.error_after = _relative_error(layer.dense_weight().detach(), weight)
             moved = zip((layer.inner.weight, layer.outer.weight), before, strict=True)
             row.detail["largest_change"] = max(float((now.detach() - then).abs().max()) for now, then in moved)
         return model, Report(rows, summary)

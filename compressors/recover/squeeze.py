@@ -6,6 +6,7 @@ Source: MPOP, Liu et al. 2021, arXiv 2106.02205, section 4.3 and its fast estima
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -77,8 +78,8 @@ class Squeeze(Compressor):
             raise InputError("squeeze: no layer is decomposed; put it behind mpo")
         least = sum(_least(layer) for layer in layers.values())
         if self.keep * _numbers(layers) < least:
-            share = least / _numbers(layers)
-            raise InputError(f"squeeze: keep {self.keep:g} cannot be met; bonds of 1 are {share:.4f}")
+            share = math.ceil(1e4 * least / _numbers(layers)) / 1e4
+            raise InputError(f"squeeze: keep {self.keep:g} cannot be met; the smallest is {share:g}")
 
     def compress(self, model: PreTrainedModel, calibration: Calibration) -> tuple[PreTrainedModel, Report]:
         structure = find_structure(model)

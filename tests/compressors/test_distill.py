@@ -1,6 +1,7 @@
 """Distillation: the loss falls, the best weights come back, and everything else is as it was."""
 
 import copy
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -281,3 +282,17 @@ def test_refusals(make_teacher, seed):
     set_module(model, "model.layers.0.mlp.up_proj", QuantizedLinear(32, 48, 4, 16, bias=False))
     with pytest.raises(InputError, match="quantized weights cannot be trained; put it before the quantization"):
         method().check(model, find_structure(model))
+
+
+@pytest.mark.parametrize("rate", [3e-3, 1e-7])
+def test_a_gain_that_storing_would_eat_is_none(make_teacher, seed, rate):
+    """Worked on in float32, stored in bf16: what counts is the model as it will be stored."""
+    teacher = make_teacher("llama").bfloat16().float()
+    student = pruned(teacher)
+    calibration, before = replace(calibration_of(seed, teacher), stored=torch.bfloat16), state(student)
+    student, report = method(learning_rate=rate).compress(student, calibration)
+    (row,) = report.layers
+    assert all(p.dtype == torch.float32 and torch.equal(p, p.bfloat16().float()) for p in student.parameters())
+    assert row.error_after == pytest.approx(kl(teacher, student, calibration.validation), rel=1e-3)
+    assert report.summary["improved"] == (row.error_after < row.error_before) != same(student, before)
+    assert report.summary["improved"] or rate < 3e-3

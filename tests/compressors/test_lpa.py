@@ -148,6 +148,21 @@ def test_the_same_twice_and_after_a_stop(make_model, make_calibration, tmp_path,
     assert all(torch.equal(states[0][key], other[key]) for other in states[1:] for key in states[0])
 
 
+def test_few_tokens_are_said_and_damped(make_model, make_calibration):
+    """32 inputs that eight tokens do not show: what they lack counts by the damping."""
+    _, report = LPA(rank=4).compress(make_model("llama"), make_calibration(1, 8))
+    assert "calibration has 8 tokens, fewer than the 32 inputs of the widest layer" in report.summary["note"]
+    _, report = LPA(rank=4).compress(make_model("llama"), make_calibration(12, 16))
+    assert "note" not in report.summary
+    model = make_model("llama")
+    weight = linear_weight(model.get_submodule("model.layers.0.self_attn.q_proj")).clone()
+    errors = []
+    for damping in (1e-12, 1.0):
+        found, _ = LPA(rank=12, damping=damping).compress(copy.deepcopy(model), make_calibration(1, 8))
+        errors.append(float((found.model.layers[0].self_attn.q_proj.dense_weight().detach() - weight.detach()).norm()))
+    assert errors[1] < errors[0]
+
+
 def test_what_cannot_be_is_refused_before_any_work(make_model, make_calibration, one_line):
     model = make_model("llama")
     with pytest.raises(InputError) as caught:

@@ -127,6 +127,9 @@ def test_a_kronecker_product_is_found_exactly(seed):
 
 def test_zero_one_site_and_low_precision(seed):
     assert not mpo_to_matrix(decompose(torch.zeros(6, 8), (2, 3), (4, 2), (3,))).any()
+    cores = [core.requires_grad_() for core in decompose(torch.zeros(12, 8), (2, 3, 2), (4, 2, 1), (8, 2))]
+    (mpo_to_matrix(cores) * torch.randn(12, 8)).sum().backward()
+    assert bool(cores[0].grad.any()), "what is zero can be trained"
     weight = torch.randn(6, 8)
     (core,) = decompose(weight, (6,), (8,), ())
     assert torch.equal(core.reshape(6, 8), weight.double())

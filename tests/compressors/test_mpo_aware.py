@@ -404,7 +404,9 @@ def test_quantized_cores_are_neither_tuned_nor_squeezed(make_model, make_calibra
     model, _ = MPO(keep=0.6, plans="balanced", sites=3, layers=("*mlp*",), multiple=1).compress(
         make_model("llama"), calibration
     )
-    model, _ = GPTQ(bits=4, group_size=16).compress(model, calibration)
+    model, report = GPTQ(bits=4, group_size=16).compress(model, calibration)
+    cores = sum(isinstance(module, PivotedMPOLinear) for module in model.modules())
+    assert cores and f"the cores of {cores} layers stay at 16 bits; mpo with plans: low_rank" in report.summary["note"]
     for method in (MPOTune(tokens=100), Squeeze(keep=0.5)):
         with pytest.raises(InputError) as caught:
             method.compress(copy.deepcopy(model), calibration)
@@ -414,16 +416,18 @@ def test_quantized_cores_are_neither_tuned_nor_squeezed(make_model, make_calibra
 def test_layers_that_carry_fewer_sites_are_counted(make_model, make_calibration):
     model = make_model("llama", hidden_size=32, intermediate_size=64)  # 32 x 32 has five sites, 64 x 32 six
     _, report = MPO(keep=0.6, sites=6).compress(model, make_calibration(12, 16))
-    note = "12 layers carry fewer than 6 sites; no balanced plan was tried for them"
+    note = "12 layers carry fewer than 6 sites; no plan of so many was tried for them"
     assert note in report.summary["note"]
     tried = {row.layer: row.detail["losses"] for row in report.layers if row.action != "dense"}
     assert tried and all(("balanced 6 sites" in losses) == ("mlp" in path) for path, losses in tried.items())
+    assert all({f"balanced {count} sites" for count in (2, 3, 4, 5)} <= losses.keys() for losses in tried.values())
 
 
 @pytest.mark.parametrize(
     ("fields", "match"),
     [
-        ({"keep": 0.5, "bytes": 3}, "one of keep"), ({"perplexity_ratio": 1.0}, "perplexity_ratio"),
+        ({"keep": 0.5, "bytes": 3}, "one of keep"), ({"perplexity_ratio": 1.1, "embeddings": 0.5}, "with embeddings use keep"),
+        ({"perplexity_ratio": 1.0}, "perplexity_ratio"),
         ({"bytes": 100, "metric": "weights"}, "bytes needs metric"),
         ({"keep": 0.5, "metric": "weights", "plans": "low_rank"}, "balanced plans and the uniform allocation"),
         ({"keep": 0.5, "metric": "weights", "train_steps": 5}, "train_steps needs metric: loss or inputs"),

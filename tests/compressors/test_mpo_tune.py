@@ -179,7 +179,11 @@ def test_bad_squeezes(make_model, decomposed, one_line):
     model, _ = decomposed(**plain(3))
     with pytest.raises(InputError) as caught:
         Squeeze(keep=0.0001).check_layers(model, find_structure(model))
-    one_line(caught, r"squeeze: keep 0\.0001 cannot be met; bonds of 1 are 0\.\d+")
+    one_line(caught, r"squeeze: keep 0\.0001 cannot be met; the smallest is 0\.\d+")
+    least = float(str(caught.value).rpartition(" ")[2])
+    Squeeze(keep=least).check_layers(model, find_structure(model))
+    with pytest.raises(InputError):
+        Squeeze(keep=least - 2e-4).check_layers(model, find_structure(model))
     for fields in ({}, {"keep": 0}, {"keep": 0.5, "stride": 0}, {"keep": 0.5, "gap": -1}):
         with pytest.raises(ValueError):
             Squeeze(**fields)

@@ -445,6 +445,17 @@ def test_what_cannot_be_is_refused_before_any_work(make_model, make_mixture, one
         one_line(caught, match)
 
 
+def test_a_dead_expert_harms_no_other(make_mixture, make_calibration, make_ids, outputs):
+    model = make_mixture()
+    experts = next(
+        m for m in model.modules() if getattr(m, "down_proj", None) is not None and hasattr(m, "gate_up_proj")
+    )
+    experts.down_proj.data[1] = 0
+    model, report = MPOE(bond_dimension=3).compress(model, make_calibration())
+    assert torch.isfinite(outputs(model, make_ids(1, 5))).all()
+    assert all(0 < row.error_after < 1 for row in report.layers)
+
+
 def test_a_bond_dimension_above_the_full_bond_is_said(make_model, make_mixture, make_calibration):
     for model, fields in ((make_mixture(), {}), (make_model("llama"), {"experts": 2})):
         for bond, said in ((100_000, True), (2, False)):

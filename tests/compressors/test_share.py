@@ -233,6 +233,25 @@ def test_what_would_not_shrink_stays_dense(make_model, make_calibration):
     assert total <= sum(row.bytes_before for row in report.layers)
 
 
+@pytest.mark.parametrize("sweeps", [0, 4])
+def test_a_zero_layer_harms_none_of_its_group(make_model, make_calibration, make_ids, outputs, sweeps):
+    model = make_model("llama")
+    path = "model.layers.1.mlp.down_proj"
+    model.get_submodule(path).weight.data.zero_()
+    weights = {p: linear_weight(model.get_submodule(p)).clone() for p in find_structure(model).linear_paths}
+    model, report = Share(bond_dimension=6, layers=("*down_proj",), sweeps=sweeps).compress(model, make_calibration())
+    assert torch.isfinite(outputs(model, make_ids(1, 5))).all()
+    assert not bool(model.get_submodule(path).dense_weight().any())
+    for row in report.layers:
+        assert row.action == "shared"
+        weight, found = weights[row.layer], model.get_submodule(row.layer).dense_weight().detach()
+        if row.layer != path:
+            error = float((found - weight.detach()).norm() / weight.detach().norm())
+            assert row.error_after == pytest.approx(error, rel=1e-4) and error < 1
+    model.get_submodule(path).dense_weight().sum().backward()
+    assert any(p.grad is not None and bool(p.grad.any()) for p in model.get_submodule(path).parameters())
+
+
 def test_a_bond_dimension_above_the_full_bond_is_said(make_model, make_calibration):
     for bond, said in ((1000, True), (2, False)):
         _, report = Share(sites=3, bond_dimension=bond).compress(make_model("llama"), make_calibration())

@@ -22,7 +22,7 @@ from tensorpress.compressors.decompose.tensor_train import (
     parameters,
     rounded,
 )
-from tensorpress.compressors.decompose.weighted_low_rank import damped, weighted_error, weighted_svd
+from tensorpress.compressors.decompose.weighted_low_rank import damped, low_rank_layer, weighted_error, weighted_svd
 from tensorpress.compressors.decompose.weighted_tt_svd import weighted_tt_svd
 from tensorpress.compressors.moments import PairedMoments, SecondMoment
 from tensorpress.kernels.mpo_linear import mpo_to_matrix
@@ -83,6 +83,8 @@ def test_inputs_that_are_linearly_dependent_need_no_damping(seed, m, n):
     found = weighted_svd(weight, h)
     assert weighted_error(weight - found.left[:, :3] @ found.right[:3], h) < 1e-9 * weighted_error(weight, h)
     assert (found.left @ found.right - weight).norm() <= 1e-9 * weight.norm()
+    layer = low_rank_layer(found.left[:, :1], torch.zeros(1, n), None, torch.float32, pivoted=False)
+    assert not bool(layer.dense_weight().any()) and bool(layer.outer.weight.any()), "what is zero can be trained"
     nothing = weighted_svd(torch.zeros(m, n), torch.zeros(n, n), torch.zeros(m, m))
     assert not nothing.right.any() and not nothing.losses.any()
 
