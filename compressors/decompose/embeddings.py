@@ -331,7 +331,7 @@ def _fitted(
         "in_factors": best.plan.columns,
         "bonds": [core.shape[3] for core in best.cores[:-1]],
         "losses": losses,
-        **spectra_of(best.cores),
+        **spectra_of(weight, best.plan),
     }
     return best, row
 

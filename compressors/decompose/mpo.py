@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from tensorpress.compressors.base import Calibration, Compressor, LayerReport, Report
 from tensorpress.compressors.calibration import clear
 from tensorpress.compressors.decompose.embeddings import check_embeddings, decompose_embeddings
-from tensorpress.compressors.decompose.mpo_rows import dense_row, dense_spectra, spectra_of
+from tensorpress.compressors.decompose.mpo_rows import dense_row, spectra_of
 from tensorpress.compressors.decompose.mpo_walk import Walk
 from tensorpress.compressors.decompose.permutations import arrange_neurons
 from tensorpress.compressors.decompose.site_plans import WORD, SitePlan, check_sites, fit, most_sites, plans
@@ -222,9 +222,7 @@ class MPO(Compressor):
             report.action, report.bytes_after = "mpo", found.bytes
             report.parameters_after = found.bytes // WORD
             report.error_after = math.sqrt(found.loss) / max(float(weight.double().norm()), 1e-300)
-            report.detail |= spectra_of(found.cores)
-        else:
-            report.detail |= dense_spectra(weight, plan)
+        report.detail |= spectra_of(weight, plan)
         report.seconds = round(time.monotonic() - start, 3)
         return report
 

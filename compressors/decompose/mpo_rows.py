@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from typing import Any
 
 import torch
 
 from tensorpress.compressors.base import LayerReport
 from tensorpress.compressors.decompose.site_plans import WORD, SitePlan
-from tensorpress.compressors.decompose.tensor_train import bond_spectra, entropy, matrix_spectra
+from tensorpress.compressors.decompose.tensor_train import entropy, matrix_spectra
 
 SHOWN = 32
 """Values of a spectrum that are kept in a report."""
@@ -23,17 +23,15 @@ def dense_row(path: str, outputs: int, inputs: int) -> LayerReport:
     return row
 
 
-def spectra_of(cores: Sequence[torch.Tensor]) -> dict[str, Any]:
-    """Entanglement entropy and bond spectrum (shares of the norm's square, the first ones) of an MPO, for the report."""
-    return _told(bond_spectra(cores))
+def spectra_of(weight: torch.Tensor, plan: SitePlan) -> dict[str, Any]:
+    """Entanglement entropy and bond spectrum (shares of the norm's square, the first ones) at the bonds of a site plan, for the report.
 
-
-def dense_spectra(weight: torch.Tensor, plan: SitePlan) -> dict[str, Any]:
-    """The same of a weight [m, n] that stays dense, at the bonds of a site plan."""
-    return _told(matrix_spectra(weight, plan.rows, plan.columns))
-
-
-def _told(spectra: Sequence[torch.Tensor]) -> dict[str, Any]:
+    Of the whole weight [m, n] as it came, cut or not: what one bond carries can be compared over layers, and with what it was cut to.
+    Fewer rows than the plan has are filled up with zeros.
+    """
+    more = math.prod(plan.rows) - len(weight)
+    whole = torch.nn.functional.pad(weight, (0, 0, 0, more)) if more else weight
+    spectra = matrix_spectra(whole, plan.rows, plan.columns)
     shares = [(s.square() / s.square().sum().clamp(min=1e-300))[:SHOWN] for s in spectra]
     return {
         "entropies": [round(entropy(s), 4) for s in spectra],

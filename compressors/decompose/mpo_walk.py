@@ -15,7 +15,7 @@ from torch import nn
 from tensorpress.compressors.base import Calibration, LayerReport
 from tensorpress.compressors.calibration import BlockInputs, walk
 from tensorpress.compressors.decompose.block_training import train_block
-from tensorpress.compressors.decompose.mpo_rows import dense_row, dense_spectra, spectra_of
+from tensorpress.compressors.decompose.mpo_rows import dense_row, spectra_of
 from tensorpress.compressors.decompose.site_plans import WORD, Fitted, best_fit
 from tensorpress.compressors.decompose.spending import Curve, curves, scaled_by, spend
 from tensorpress.compressors.decompose.weighted_low_rank import damped, weighted_error
@@ -211,9 +211,9 @@ class Walk:
         if found is not None:
             set_module(model, path, found.layer)
             self._report(row, found, losses, weight, inputs)
-            row.detail |= spectra_of(found.cores) if told else {}
-        elif told:
-            row.detail |= dense_spectra(linear_weight(layer).detach(), config.candidates(*self.shapes[path])[0])
+        if told:
+            plan = config.candidates(*self.shapes[path])[0] if found is None else found.plan
+            row.detail |= spectra_of(linear_weight(layer).detach(), plan)
         row.seconds = round(time.monotonic() - start, 3)
         return row
 

@@ -13,6 +13,7 @@ from tensorpress.compressors.decompose.mpo import MPO
 from tensorpress.compressors.decompose.mpo_walk import Walk
 from tensorpress.compressors.decompose.share import Share
 from tensorpress.compressors.decompose.spending import Probe, curves, scaled_by, spend
+from tensorpress.compressors.decompose.tensor_train import entropy
 from tensorpress.compressors.decompose.weighted_low_rank import weighted_error
 from tensorpress.compressors.moments import SecondMoment, output_moments
 from tensorpress.compressors.quantize.gptq import GPTQ
@@ -370,9 +371,17 @@ def test_moments_that_are_not_finite_end_the_step(make_model, make_calibration, 
         MPO(keep=0.5, metric=metric).compress(model, make_calibration(12, 16))
 
 
-def test_spectra_are_told_of_dense_layers_too(make_model, make_calibration):
-    _, report = MPO(keep=0.9, layers=("*mlp*",)).compress(make_model("llama"), make_calibration(12, 16))
+def test_spectra_are_told_of_the_whole_weight(make_model, make_calibration):
+    model = make_model("llama")
+    weights = {path: linear_weight(model.get_submodule(path)).clone() for path in find_structure(model).linear_paths}
+    _, report = MPO(keep=0.7, layers=("*mlp*",)).compress(model, make_calibration(12, 16))
+    assert any(row.action == "mpo low rank" for row in report.layers)
     for row in report.layers:
+        singular = torch.linalg.svdvals(weights[row.layer].detach().double())
+        if row.detail.get("plan", "low rank") == "low rank":  # of the whole weight, whatever its layer was cut to
+            expected = (singular.square() / singular.square().sum())[: len(row.detail["spectra"][0])].tolist()
+            assert row.detail["spectra"][0] == pytest.approx(expected, rel=0.01, abs=1e-6)
+            assert row.detail["entropies"][0] == pytest.approx(entropy(singular), abs=1e-3)
         assert row.detail["spectra"] and len(row.detail["entropies"]) == len(row.detail["spectra"])
         assert sum(row.detail["spectra"][0]) == pytest.approx(1, abs=0.02)
 
