@@ -60,7 +60,7 @@ class Squeeze(Compressor):
     stride: int = Field(1, ge=1, description="by how much a bond is lowered at once")
     between: int = Field(8, ge=1, description="cuts between two tunings")
     tokens: int = Field(20_000, ge=0, description="training tokens of one tuning")
-    learning_rate: float = Field(1e-3, gt=0, description="peak of each tuning")
+    learning_rate: float = Field(2e-4, gt=0, description="peak of each tuning")
     batch_tokens: int = Field(4096, ge=1, description="tokens of one step of tuning")
 
     may_not_follow: ClassVar[Mapping[str, str]] = {
