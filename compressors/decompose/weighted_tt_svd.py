@@ -36,6 +36,8 @@ def weighted_tt_svd(
         scaled = _along(scaled, columns, k, root.T, 1)
     for k, root in enumerate(out_roots):
         scaled = _along(scaled, rows, k, root.T, 0)
+    if not bool(scaled.any()):  # the metrics see nothing of the weight, whose plain norm then counts
+        return weighted_tt_svd(weight, rows, columns, bonds)
     cores = []
     for core, of_rows, of_columns in zip(decompose(scaled, rows, columns, bonds), out_roots, in_roots, strict=True):
         a, i, j, b = core.shape
