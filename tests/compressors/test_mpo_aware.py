@@ -481,11 +481,11 @@ def test_the_walk_hands_out_the_original_stream(make_model, make_ids):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
 def test_blocks_are_trained_and_neurons_arranged_on_request(make_model, make_calibration, make_ids, outputs, name):
-    model, calibration = make_model(name), make_calibration(24, 16)
+    model, calibration = make_model(name), make_calibration(48, 16)
     structure = find_structure(model)
     fields = {"keep": 0.4, "metric": "inputs", "multiple": 1, "compensation": 0}
     plain, _ = MPO(**fields).compress(copy.deepcopy(model), calibration)
-    trained, report = MPO(**fields, train_steps=40, learning_rate=2e-3).compress(copy.deepcopy(model), calibration)
+    trained, report = MPO(**fields, train_steps=80, learning_rate=1e-3).compress(copy.deepcopy(model), calibration)
     told = {row.layer: row.detail["block_training"] for row in report.layers if "block_training" in row.detail}
     assert list(told) == [block.linear_paths[0] for block in structure.blocks]
     assert all(one["loss_after"] <= one["loss_before"] for one in told.values())
