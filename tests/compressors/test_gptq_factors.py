@@ -61,8 +61,10 @@ def test_the_outer_factor_is_the_best_for_the_rounded_inner(seed, outputs, input
     assert error(found) <= error(outer) * (1 + 1e-9)
     for _ in range(10):
         assert error(found + 1e-3 * torch.randn_like(found)) >= error(found) * (1 - 1e-9)
-    same = refitted(outer, inner, inner, h, 0.01)
-    assert ((same - outer) @ inner).norm() <= 1e-5 * (outer @ inner).norm()
+    left, _, right = torch.linalg.svd(inner, full_matrices=False)
+    even = left @ right  # a random square matrix may be as good as singular, and has many such factors then
+    same = refitted(outer, even, even, h, 0.01)
+    torch.testing.assert_close(same, outer, rtol=1e-5, atol=1e-5 * float(outer.abs().max()))
 
 
 def test_both_make_rounding_cost_less(seed):

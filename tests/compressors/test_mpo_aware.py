@@ -489,7 +489,7 @@ def test_blocks_are_trained_and_neurons_arranged_on_request(make_model, make_cal
     told = {row.layer: row.detail["block_training"] for row in report.layers if "block_training" in row.detail}
     assert list(told) == [block.linear_paths[0] for block in structure.blocks]
     assert all(one["loss_after"] <= one["loss_before"] for one in told.values())
-    assert any(one["loss_after"] < one["loss_before"] and one["steps"] > 0 for one in told.values())
+    assert any(one["loss_after"] < 0.98 * one["loss_before"] and one["steps"] > 0 for one in told.values())
     expected = outputs(model, calibration.windows)
     losses = [float((outputs(one, calibration.windows) - expected).square().sum()) for one in (plain, trained)]
     assert losses[1] < losses[0]
