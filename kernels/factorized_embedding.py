@@ -8,7 +8,7 @@ tokens asked for alone (Khrulkov et al. 2019, "Tensorized embedding layers", arX
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -183,6 +183,12 @@ class TiedHead(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, of={self.of}"
+
+
+def untied_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`model.named_modules()` without the tables of tied heads, whose cores are their embeddings'."""
+    tables = {module.table for module in model.modules() if isinstance(module, TiedHead)}
+    return ((path, module) for path, module in model.named_modules() if module not in tables)
 
 
 def tie_heads(model: nn.Module) -> None:

@@ -17,7 +17,7 @@ from tensorpress.compressors.calibration import BlockInputs, walk
 from tensorpress.compressors.moments import SecondMoment
 from tensorpress.compressors.quantize.factors import INNER, OUTER, Contracted, prepare, refitted
 from tensorpress.errors import InputError, StepError
-from tensorpress.kernels.factorized_embedding import TiedHead
+from tensorpress.kernels.factorized_embedding import untied_modules
 from tensorpress.kernels.kernel_layer import kernel_layers
 from tensorpress.kernels.low_rank_linear import LowRankLinear
 from tensorpress.kernels.mpo_linear import MPOLinear
@@ -356,9 +356,8 @@ class GPTQ(Compressor):
 
 def _left_alone(model: nn.Module) -> list[str]:
     """A note where layers are made of cores, which are not quantized; else none."""
-    tables = [module.table for module in model.modules() if isinstance(module, TiedHead)]
     kinds = (MPOLinear, PivotedMPOLinear, SharedMPOLinear)
-    count = sum(isinstance(module, kinds) and module not in tables for module in model.modules())
+    count = sum(isinstance(module, kinds) for _, module in untied_modules(model))
     return [
         f"the cores of {count} layers stay at 16 bits; mpo with plans: low_rank makes factors that are quantized"
     ] * (count > 0)

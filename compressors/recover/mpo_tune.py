@@ -13,7 +13,7 @@ from torch import nn
 from tensorpress.compressors.base import Calibration, Report
 from tensorpress.compressors.recover.distill import Distill
 from tensorpress.errors import InputError
-from tensorpress.kernels.factorized_embedding import TiedHead
+from tensorpress.kernels.factorized_embedding import untied_modules
 from tensorpress.kernels.mpo_linear import MPOLinear
 from tensorpress.kernels.pivoted_mpo_linear import PivotedMPOLinear
 from tensorpress.structure import Structure, find_structure
@@ -72,6 +72,5 @@ class MPOTune(Distill):
 
 def _layers(model: nn.Module) -> list[MPOLinear | PivotedMPOLinear]:
     kinds = (MPOLinear, PivotedMPOLinear)
-    tables = [module.table for module in model.modules() if isinstance(module, TiedHead)]
-    layers = [module for module in model.modules() if isinstance(module, kinds) and module not in tables]
+    layers = [module for _, module in untied_modules(model) if isinstance(module, kinds)]
     return [layer for layer in layers if len(layer.cores) > 2]

@@ -22,7 +22,7 @@ from tensorpress.compressors.decompose.tensor_train import bond_spectra, least_n
 from tensorpress.compressors.decompose.weighted_low_rank import low_rank_layer
 from tensorpress.compressors.recover.distill import Distill, Training
 from tensorpress.errors import InputError
-from tensorpress.kernels.factorized_embedding import TiedHead
+from tensorpress.kernels.factorized_embedding import untied_modules
 from tensorpress.kernels.low_rank_linear import LowRankLinear
 from tensorpress.kernels.mpo_linear import MPOLinear
 from tensorpress.kernels.pivoted_mpo_linear import PivotedMPOLinear
@@ -236,10 +236,7 @@ class _Squeezing:
 def squeezable(model: nn.Module) -> dict[str, Squeezable]:
     """The decomposed layers of a model whose factors are plain numbers, by path; the table of a head is its embedding's."""
     found: dict[str, Squeezable] = {}
-    tables = [module.table for module in model.modules() if isinstance(module, TiedHead)]
-    for path, module in model.named_modules():
-        if module in tables:
-            continue
+    for path, module in untied_modules(model):
         plain = isinstance(module, LowRankLinear) and all(
             isinstance(f, nn.Linear) for f in (module.inner, module.outer)
         )
