@@ -114,8 +114,8 @@ def walk(
 
     `windows`: int64 [samples, length]. `visit` may change the block in place. With `scratch`, the state after a block is
     saved when more than `checkpoint_seconds` have passed since the last save. `with_original` keeps a second stream of hidden
-    states, that of the model as it came, and a copy of one block. Where the method has more to do than the walk, it is not `finished`: the checkpoint is kept,
-    and whoever asked for that calls `clear` in the end.
+    states, that of the model as it came, and a copy of one block. Where the method has more to do than the walk, it is not `finished`: the state behind the
+    last block is saved and kept, and whoever asked for that calls `clear` in the end.
     """
     batches = list(windows.to(model.device).split(max(1, batch_tokens // windows.shape[1])))
     arguments = _block_arguments(model, structure, batches)
@@ -133,7 +133,7 @@ def walk(
         found = visit(block, inputs)
         rows += found
         streams = [list(one.run()) for one in (inputs, inputs.original) if one is not None]
-        checkpoint.save(model, block, found, streams)
+        checkpoint.save(model, block, found, streams, now=not finished and block is structure.blocks[-1])
     progress(what, len(structure.blocks), len(structure.blocks))
     if finished:
         checkpoint.clear()
@@ -241,12 +241,19 @@ class _Checkpoint:
         return rows, state["next"], streams
 
     def save(
-        self, model: PreTrainedModel, block: Block, rows: list[LayerReport], streams: list[list[torch.Tensor]]
+        self,
+        model: PreTrainedModel,
+        block: Block,
+        rows: list[LayerReport],
+        streams: list[list[torch.Tensor]],
+        *,
+        now: bool = False,
     ) -> None:
+        """Save what was done since the last time, if that is long ago or it is to be `now`."""
         if self.folder is None:
             return
         self.unsaved.append((block, rows))
-        if time.monotonic() - self.last < self.seconds:
+        if not now and time.monotonic() - self.last < self.seconds:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         for done, found in self.unsaved:

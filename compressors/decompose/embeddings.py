@@ -104,9 +104,10 @@ def site_plans(config: MPO, vocabulary: int, width: int, *, padded: bool) -> lis
     which = config.plans or "auto"
     found = [SitePlan("low_rank", (vocabulary, 1), (1, width))] if which != "balanced" else []
     if which == "balanced" or (which == "auto" and vocabulary * width <= LARGEST):
-        rows = even_factors(vocabulary, config.sites) if padded else factors(vocabulary, config.sites)
-        if rows is not None and max(rows) ** 2 <= vocabulary * width:  # its metric is no larger than the table
-            found.append(SitePlan("balanced", rows, factors(width, config.sites)))
+        for count in [config.sites] if which == "balanced" else range(2, config.sites + 1):
+            rows = even_factors(vocabulary, count) if padded else factors(vocabulary, count)
+            if rows is not None and max(rows) ** 2 <= vocabulary * width:  # its metric is no larger than the table
+                found.append(SitePlan("balanced", rows, factors(width, count)))
     return found
 
 

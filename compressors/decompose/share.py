@@ -190,17 +190,21 @@ def _relative_error(cores: Cores, weight: torch.Tensor) -> float:
 
 
 def _aligned(layers: list[Cores], norms: Sequence[float]) -> list[Cores]:
-    """Canonical cores around the middle, that of each layer rotated towards the mean on both bonds; the mean in all of them.
+    """Canonical cores around the middle, that of each layer rotated towards the mean on both bonds; the mean in all of them. Zero layers do not count.
 
     Alternating Procrustes problems, from the gauges of the decomposition and from some with other signs, of which those leave it free.
     """
     middle = len(layers[0]) // 2
     centers = [cores[middle] / norm for cores, norm in zip(layers, norms, strict=True)]
     generator = torch.Generator().manual_seed(0)
-    tried = [_rotations(centers, generator if start else None) for start in range(STARTS if len(layers) > 1 else 1)]
+    counted = [place for place, center in enumerate(centers) if bool(center.any())] or [0]
+    turning = [centers[place] for place in counted]
+    tried = [_rotations(turning, generator if start else None) for start in range(STARTS if len(turning) > 1 else 1)]
     mean, lefts, rights = max(tried, key=lambda found: float(found[0].norm()))
+    rotations = dict(zip(counted, zip(lefts, rights, strict=True), strict=True))
     found = []
-    for cores, left, right in zip(layers, lefts, rights, strict=True):
+    for place, cores in enumerate(layers):
+        left, right = rotations.get(place, (lefts[0], rights[0]))
         before = torch.tensordot(cores[middle - 1], left, 1)
         after = torch.tensordot(right.T, cores[middle + 1], 1)
         found.append([*cores[: middle - 1], before, mean, after, *cores[middle + 2 :]])

@@ -21,6 +21,7 @@ from tensorpress.kernels.factorized_embedding import untied_modules
 from tensorpress.kernels.kernel_layer import kernel_layers
 from tensorpress.kernels.low_rank_linear import LowRankLinear
 from tensorpress.kernels.mpo_linear import MPOLinear
+from tensorpress.kernels.mpoe import SharedMatrices
 from tensorpress.kernels.pivoted_mpo_linear import PivotedMPOLinear
 from tensorpress.kernels.quantized_linear import QuantizedLinear
 from tensorpress.kernels.shared_mpo_linear import SharedMPOLinear
@@ -247,7 +248,9 @@ class GPTQ(Compressor):
         self.check_layers(model, structure)
         notes = _left_alone(model)
         if not self._targets(model, structure):
-            notes.insert(0, "nothing was quantized: every layer is decomposed; leave some dense with mpo's `layers`")
+            notes.insert(
+                0, "nothing was quantized: every layer is decomposed; leave some dense with `layers` of the step before"
+            )
             summary = {"bits": self.bits, "group_size": self.group_size, "layers": 0, "note": "; ".join(notes)}
             return model, Report([], summary)
         targets = self._targets(model, structure)
@@ -356,8 +359,8 @@ class GPTQ(Compressor):
 
 def _left_alone(model: nn.Module) -> list[str]:
     """A note where layers are made of cores, which are not quantized; else none."""
-    kinds = (MPOLinear, PivotedMPOLinear, SharedMPOLinear)
-    count = sum(isinstance(module, kinds) for _, module in untied_modules(model))
-    return [
-        f"the cores of {count} layers stay at 16 bits; mpo with plans: low_rank makes factors that are quantized"
-    ] * (count > 0)
+    modules = [module for _, module in untied_modules(model)]
+    own = sum(isinstance(module, (MPOLinear, PivotedMPOLinear)) for module in modules)
+    shared = sum(isinstance(module, (SharedMPOLinear, SharedMatrices)) for module in modules)
+    way = "; mpo with plans: low_rank makes factors that are quantized" if own else ""
+    return [f"the cores of {own + shared} layers stay at 16 bits{way}"] * (own + shared > 0)

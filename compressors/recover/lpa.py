@@ -84,7 +84,8 @@ class LPA(Compressor):
                 first = model.get_submodule(group[0])
                 moment = SecondMoment(linear_shape(first)[1], linear_weight(first).device)
                 inputs.observe(first, moment.add)
-                rows += [_project(model, path, rank, damped(moment.matrix, self.damping)) for path in group]
+                metric = damped(moment.matrix, self.damping)
+                rows += [_project(model, path, rank, moment.matrix, metric) for path in group]
             return rows
 
         rows = walk(
@@ -115,8 +116,8 @@ def _groups(model: PreTrainedModel, block: Block) -> list[list[str]]:
     return [group for group in groups if group]
 
 
-def _project(model: PreTrainedModel, path: str, rank: int, inputs: torch.Tensor) -> LayerReport:
-    """Put the best layer of a rank for inputs of a second moment [n, n] at a path, and say how good it is."""
+def _project(model: PreTrainedModel, path: str, rank: int, inputs: torch.Tensor, metric: torch.Tensor) -> LayerReport:
+    """Put the best layer of a rank by a metric [n, n] at a path, and say how good it is for inputs of a second moment [n, n]."""
     start = time.monotonic()
     layer = model.get_submodule(path)
     weight = linear_weight(layer).detach()
@@ -124,7 +125,7 @@ def _project(model: PreTrainedModel, path: str, rank: int, inputs: torch.Tensor)
     row = dense_row(path, outputs, width)
     numbers = low_rank_numbers(outputs, width, rank, pivoted=False)
     if rank < min(outputs, width) and numbers < outputs * width:
-        svd, plain = weighted_svd(weight, inputs), weighted_svd(weight)
+        svd, plain = weighted_svd(weight, metric), weighted_svd(weight)
         bias = cast("torch.Tensor | None", getattr(layer, "bias", None))
         found = low_rank_layer(svd.left[:, :rank], svd.right[:rank], bias, weight.dtype, pivoted=False)
         set_module(model, path, found)

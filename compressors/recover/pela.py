@@ -82,9 +82,8 @@ class PELA(Compressor):
         rows = []
         for done, path in enumerate(targets):
             calibration.progress("pela", done, len(targets))
-            rows.append(self._factorize(model, path))
+            rows.append(self._factorize(model, path, calibration.stored))
         factors = [cast("LowRankLinear", model.get_submodule(path)) for path in targets]
-        round_to((p for layer in factors for p in layer.parameters()), calibration.stored)
         entered = [[p.detach().clone() for p in (layer.inner.weight, layer.outer.weight)] for layer in factors]
         summary: dict[str, Any] = {
             "kept": sum(row.parameters_after for row in rows) / sum(row.parameters_before for row in rows),
@@ -104,7 +103,7 @@ class PELA(Compressor):
     def _targets(self, model: PreTrainedModel, structure: Structure) -> list[str]:
         return [path for path in matching(structure, self.layers) if is_whole(model, path)]
 
-    def _factorize(self, model: PreTrainedModel, path: str) -> LayerReport:
+    def _factorize(self, model: PreTrainedModel, path: str, stored: torch.dtype | None) -> LayerReport:
         start = time.monotonic()
         layer = model.get_submodule(path)
         weight = linear_weight(layer).detach()
@@ -113,6 +112,7 @@ class PELA(Compressor):
         svd = weighted_svd(weight)
         bias = cast("torch.Tensor | None", getattr(layer, "bias", None))
         found = low_rank_layer(svd.left[:, :rank], svd.right[:rank], bias, weight.dtype, pivoted=False)
+        round_to(found.parameters(), stored)
         set_module(model, path, found)
         row = dense_row(path, outputs, inputs)
         row.action, row.parameters_after = "low rank", low_rank_numbers(outputs, inputs, rank, pivoted=False)

@@ -20,7 +20,7 @@ from tensorpress.compressors.base import Calibration, Compressor, LayerReport, R
 from tensorpress.compressors.decompose.site_plans import WORD, mpo_layer
 from tensorpress.compressors.decompose.tensor_train import bond_spectra, least_numbers, parameters, rounded
 from tensorpress.compressors.decompose.weighted_low_rank import low_rank_layer
-from tensorpress.compressors.recover.distill import Distill, Training
+from tensorpress.compressors.recover.distill import Distill, Training, round_to
 from tensorpress.errors import InputError
 from tensorpress.kernels.factorized_embedding import untied_modules
 from tensorpress.kernels.low_rank_linear import LowRankLinear
@@ -184,6 +184,7 @@ class _Squeezing:
     def _tuned(self, number: int) -> float:
         """Tune, if that is asked for, and return the loss on the validation windows."""
         if not self.config.tokens:
+            round_to(self.model.parameters(), self.calibration.stored)
             self.spectra |= {path: bond_spectra(cores_of(self.layers[path])) for path in self.lowered}
             return self._loss()
         calibration = replace(self.calibration, seed=self.calibration.seed + number)

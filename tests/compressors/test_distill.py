@@ -284,7 +284,7 @@ def test_refusals(make_teacher, seed):
         method().check(model, find_structure(model))
 
 
-@pytest.mark.parametrize("rate", [3e-3, 1e-7])
+@pytest.mark.parametrize("rate", [3e-3, 1e-7, 1e-12])
 def test_a_gain_that_storing_would_eat_is_none(make_teacher, seed, rate):
     """Worked on in float32, stored in bf16: what counts is the model as it will be stored."""
     teacher = make_teacher("llama").bfloat16().float()
@@ -295,4 +295,5 @@ def test_a_gain_that_storing_would_eat_is_none(make_teacher, seed, rate):
     assert all(p.dtype == torch.float32 and torch.equal(p, p.bfloat16().float()) for p in student.parameters())
     assert row.error_after == pytest.approx(kl(teacher, student, calibration.validation), rel=1e-3)
     assert report.summary["improved"] == (row.error_after < row.error_before) != same(student, before)
-    assert report.summary["improved"] or rate < 3e-3
+    if rate != 1e-7:  # where single numbers may round elsewhere
+        assert report.summary["improved"] == (rate == 3e-3)

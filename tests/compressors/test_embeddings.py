@@ -141,6 +141,14 @@ def test_a_prime_vocabulary_is_padded_and_counted(
     torch.testing.assert_close(outputs(load(tmp_path), ids), logits, rtol=0, atol=1e-4)
 
 
+def test_auto_tries_every_number_of_sites():
+    def sites(**fields):
+        return [len(plan.rows) for plan in site_plans(MPO(keep=0.5, **fields), 32_000, 288, padded=True)]
+
+    assert sites(sites=5) == [2, 2, 3, 4, 5] and sites(sites=2) == [2, 2]
+    assert sites(sites=5, plans="balanced") == [5] and sites(sites=5, plans="low_rank") == [2]
+
+
 def test_even_factors():
     assert even_factors(4096, 2) == (64, 64) and even_factors(4096, 3) == (16, 16, 16)
     for size in (50257, 151936, 32003, 128256, 61, 97):

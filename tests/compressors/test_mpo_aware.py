@@ -1,6 +1,7 @@
 """MPO decomposition against what layers give: budgets that hold, plans that are chosen by the error, and clear words where that cannot be."""
 
 import copy
+import math
 import re
 
 import pytest
@@ -11,6 +12,7 @@ from tensorpress.compressors.calibration import BlockInputs, walk
 from tensorpress.compressors.decompose.factorize import Factorize
 from tensorpress.compressors.decompose.mpo import MPO
 from tensorpress.compressors.decompose.mpo_walk import Walk
+from tensorpress.compressors.decompose.mpoe import MPOE
 from tensorpress.compressors.decompose.share import Share
 from tensorpress.compressors.decompose.spending import Probe, curves, scaled_by, spend
 from tensorpress.compressors.decompose.tensor_train import entropy
@@ -23,7 +25,9 @@ from tensorpress.compressors.recover.pela import PELA
 from tensorpress.compressors.recover.squeeze import Squeeze
 from tensorpress.errors import InputError, StepError
 from tensorpress.kernels.low_rank_linear import LowRankLinear
+from tensorpress.kernels.mpoe import SharedMatrices
 from tensorpress.kernels.pivoted_mpo_linear import PivotedMPOLinear
+from tensorpress.kernels.shared_mpo_linear import SharedMPOLinear
 from tensorpress.loading import load
 from tensorpress.structure import find_structure, linear_weight, set_module
 
@@ -102,7 +106,10 @@ def test_the_same_twice_and_after_a_stop(make_model, make_calibration, tmp_path,
     assert found.keys() == states[0].keys() and all(torch.equal(states[0][n], found[n]) for n in found)
 
 
-def test_a_stop_in_the_embeddings_does_not_repeat_the_blocks(make_model, make_calibration, tmp_path, monkeypatch):
+@pytest.mark.parametrize("seconds", [0, 1e9])
+def test_a_stop_in_the_embeddings_does_not_repeat_the_blocks(
+    make_model, make_calibration, tmp_path, monkeypatch, seconds
+):
     method, calibration, done = MPO(keep=0.6, embeddings=0.6, multiple=1), make_calibration(12, 16), []
     model = make_model("llama")
     models = [copy.deepcopy(model) for _ in range(3)]
@@ -112,7 +119,7 @@ def test_a_stop_in_the_embeddings_does_not_repeat_the_blocks(make_model, make_ca
     replace = Walk._replace
 
     def save(*arguments, **named):
-        return walk(*arguments, **named, checkpoint_seconds=0)
+        return walk(*arguments, **named, checkpoint_seconds=seconds)
 
     def count(self, *rest):
         done.append(rest)
@@ -362,6 +369,22 @@ def test_weights_that_are_all_zero(make_model, make_calibration, make_ids, outpu
     assert torch.isfinite(outputs(model, make_ids(1, 5))).all()
 
 
+@pytest.mark.parametrize("plans", ["auto", "low_rank"])
+@pytest.mark.parametrize("pivots", [True, False])
+@pytest.mark.parametrize("nothing", ["model.layers.1.mlp.down_proj", "model.layers.1.self_attn.o_proj", "lm_head"])
+def test_layers_whose_outputs_the_loss_does_not_see(
+    make_model, make_calibration, make_ids, outputs, nothing, pivots, plans
+):
+    """What is in front of zero weights has gradients of nothing but zero."""
+    model = make_model("llama")
+    model.get_submodule(nothing).weight.data.zero_()
+    model, report = MPO(keep=0.5, plans=plans, pivots=pivots, multiple=1).compress(model, make_calibration(12, 16))
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert torch.isfinite(outputs(model, make_ids(1, 5))).all()
+    assert sum(row.bytes_after for row in report.layers) <= 0.5 * sum(row.bytes_before for row in report.layers)
+    assert all(math.isfinite(row.error_after) for row in report.layers if row.error_after is not None)
+
+
 @pytest.mark.parametrize("metric", ["inputs", "loss"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_moments_that_are_not_finite_end_the_step(make_model, make_calibration, name, metric):
@@ -420,6 +443,15 @@ def test_quantized_cores_are_neither_tuned_nor_squeezed(make_model, make_calibra
         with pytest.raises(InputError) as caught:
             method.compress(copy.deepcopy(model), calibration)
         one_line(caught, "quantized weights cannot be trained; put it before the quantization")
+
+
+@pytest.mark.parametrize("method", [Share(layers=("*mlp*",)), MPOE(experts=2)])
+def test_shared_cores_are_said_to_stay(make_model, make_calibration, method):
+    model, _ = method.compress(make_model("llama"), make_calibration(12, 16))
+    shared = sum(isinstance(module, (SharedMPOLinear, SharedMatrices)) for module in model.modules())
+    _, report = GPTQ(bits=4, group_size=16).compress(model, make_calibration(12, 16))
+    assert shared and report.layers
+    assert report.summary["note"] == f"the cores of {shared} layers stay at 16 bits"
 
 
 def test_layers_that_carry_fewer_sites_are_counted(make_model, make_calibration):

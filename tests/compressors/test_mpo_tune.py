@@ -1,6 +1,7 @@
 """Tuning by parts leaves the rest bit for bit; squeezing takes the cheapest bond, keeps its budget and its gap."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -111,6 +112,15 @@ def test_cuts_lose_what_was_estimated(decomposed, name, fields):
         for place, spectrum in enumerate(bond_spectra(cores_of(layer))):
             for bond in (cheapest.to,) if (path, place) == (cheapest.path, cheapest.bond) else (len(spectrum),):
                 assert len(spectrum) == bond
+
+
+@pytest.mark.parametrize("tokens", [0, 200])
+def test_what_is_measured_is_the_model_as_it_is_stored(decomposed, tokens):
+    model, calibration = decomposed(**plain(3))
+    calibration = replace(calibration, stored=torch.bfloat16)
+    model, report = Squeeze(keep=0.8, between=12, tokens=tokens, gap=100).compress(model, calibration)
+    assert report.summary["rounds"] and all(torch.equal(p, p.bfloat16().to(p.dtype)) for p in model.parameters())
+    assert report.summary["loss_after"] == pytest.approx(report.summary["rounds"][-1]["loss"], rel=1e-6)
 
 
 def test_it_comes_down_to_the_budget_and_tuning_helps(decomposed, make_ids, outputs, tmp_path):

@@ -178,14 +178,21 @@ def test_two_runs_give_the_same_bits_and_sixteen_bits_are_kept(make_model, seed)
     for student in (first, second):
         _, report = method(tokens=600).compress(student, calibration_of(seed, teacher.bfloat16()))
         assert report.summary["steps"] > 0
-    for worked in (torch.bfloat16, torch.float32):  # a gain that storing would eat is none
+    # A gain that storing would eat is none; at the larger rate single numbers may round elsewhere.
+    for worked, rate in (
+        (torch.bfloat16, 1e-7),
+        (torch.float32, 1e-7),
+        (torch.bfloat16, 1e-12),
+        (torch.float32, 1e-12),
+    ):
         calibration = replace(calibration_of(seed, teacher), stored=torch.bfloat16)
         student = copy.deepcopy(first).to(worked)
-        student, report = method(tokens=600, learning_rate=1e-7).compress(student, calibration)
+        student, report = method(tokens=600, learning_rate=rate).compress(student, calibration)
         summary = report.summary
         assert all(torch.equal(p, p.bfloat16().to(worked)) for p in student.parameters())
         same = all(torch.equal(p.to(worked), q) for p, q in zip(first.parameters(), student.parameters(), strict=True))
         assert summary["improved"] == (summary["loss_after"] < summary["loss_before"]) == ("note" not in summary)
+        assert same or rate != 1e-12
         assert summary["improved"] != same and (summary["improved"] or summary["best_step"] == 0)
         assert all((row.action == "unchanged") == same for row in report.layers)
     assert form(first) == shape

@@ -233,6 +233,20 @@ def test_what_would_not_shrink_stays_dense(make_model, make_calibration):
     assert total <= sum(row.bytes_before for row in report.layers)
 
 
+@pytest.mark.parametrize("zeros", [1, 3])
+@pytest.mark.parametrize("first", [True, False])
+def test_without_sweeps_a_zero_layer_changes_nothing(seed, zeros, first):
+    weights = alike(2, 24, 36, 0.5)
+    none = [torch.zeros(24, 36, dtype=torch.float64)] * zeros
+    mixed = [*none, *weights] if first else [*weights, *none]
+    found = fit_shared(mixed, trains(mixed, 3, 5), sweeps=0)
+    kept, gone = (found[zeros:], found[:zeros]) if first else (found[:2], found[2:])
+    alone = fit_shared(weights, trains(weights, 3, 5), sweeps=0)
+    for with_zeros, without in zip(kept, alone, strict=True):
+        torch.testing.assert_close(mpo_to_matrix(with_zeros), mpo_to_matrix(without), rtol=1e-9, atol=1e-9)
+    assert all(float(mpo_to_matrix(cores).abs().max()) < 1e-200 for cores in gone)
+
+
 @pytest.mark.parametrize("sweeps", [0, 4])
 def test_a_zero_layer_harms_none_of_its_group(make_model, make_calibration, make_ids, outputs, sweeps):
     model = make_model("llama")
