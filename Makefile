@@ -36,9 +36,9 @@ build/types/tensorpress: $(STAMP)
 	rm -rf build/types build/lib
 	TENSORPRESS_NO_NATIVE=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/types .
 
-# Two at a time, a file each, so that a server is started once for the tests of a file.
+# Two at a time, a file each, so that a server is started once for the tests of a file; tests/conftest.py says in which order.
 tests: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --durations 40
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 40
 
 # Known vulnerabilities of what is pinned, where their data can be reached; else says what was compared instead.
 audit: $(STAMP)

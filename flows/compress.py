@@ -11,6 +11,7 @@ from tensorpress.errors import InputError, RunFailed, StepError
 from tensorpress.flows.parameters import CompressParameters
 from tensorpress.flows.place import asked_for, at_work
 from tensorpress.secrets import redact_error
+from tensorpress.starting import starting
 
 
 def run_name() -> str:
@@ -26,7 +27,8 @@ def compress(parameters: CompressParameters = CompressParameters()) -> State[dic
 
     Its state is Failed when a step failed or the input cannot be used, and Completed by the name of `Rejected` when a gate did not hold.
     """
-    from tensorpress.flows.running import run_recipe
+    with starting():
+        from tensorpress.flows.running import run_recipe
 
     try:
         with at_work():

@@ -16,6 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from tensorpress.starting import starting
 from tensorpress.tasks.alive import die_with_parent
 
 
@@ -47,10 +48,11 @@ def _answer(request: dict[str, Any], say: Any) -> dict[str, Any]:
             say(clock=False)
 
     try:
-        from tensorpress.tasks.progress import set_sink
+        with starting():
+            from tensorpress.tasks.progress import set_sink
 
-        module, name = request["entry"].split(":")
-        function = getattr(import_module(module), name)
+            module, name = request["entry"].split(":")
+            function = getattr(import_module(module), name)
         set_sink(lambda node, what, done, total: say(progress=[what, done, total]))
         return {"result": function(**request["arguments"], clock=clock)}
     except InputError as error:

@@ -10,14 +10,17 @@ import os
 import sys
 from pathlib import Path
 
+from tensorpress.starting import starting
+
 
 def main() -> None:
     """Answer one request."""
     answer_to, sys.stdout = sys.stdout, open(os.devnull, "w")  # noqa: SIM115, PTH123 - nothing else may print there
-    import torch
-    from safetensors.torch import load_file
+    with starting():
+        import torch
+        from safetensors.torch import load_file
 
-    from tensorpress.loading import load
+        from tensorpress.loading import load
 
     line = sys.stdin.readline()
     if not line:

@@ -50,6 +50,18 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 ENCODERS = ("bert", "distilbert", "roberta")
 
 
+FOLDERS = ("compressors", "kernels", "flows")
+"""Those with long files come first, so that no worker is left with one at the end; behind them what is short. Servers run from the first flow on."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        folder = item.path.parent.name
+        return FOLDERS.index(folder) if folder in FOLDERS else len(FOLDERS)
+
+    items.sort(key=place)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def choices_of_kernels(tmp_path_factory):
     """What tests measure is not remembered for the user who runs them."""
