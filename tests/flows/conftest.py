@@ -164,6 +164,17 @@ class Served(NamedTuple):
         found = self.api("POST", "/task_runs/filter", flow_runs={"id": {"any_": [run_id]}}).json()
         return {task["name"]: task["state_type"] for task in found}
 
+    def said_by(self, run_id: str, part: str, seconds: float = 30.0) -> list[str]:
+        """The messages of a flow run that has ended, when `part` is in one: its process hands the last ones over behind its state."""
+        end = time.monotonic() + seconds
+        while True:
+            logs = self.api("POST", "/logs/filter", logs={"flow_run_id": {"any_": [run_id]}}).json()
+            said = [entry["message"] for entry in logs]
+            if any(part in message for message in said):
+                return said
+            assert time.monotonic() < end, said
+            time.sleep(0.5)
+
     def at_work(self, run_id: str, task: str, seconds: float = 90.0) -> None:
         """Wait until a task of a flow run works."""
         end = time.monotonic() + seconds

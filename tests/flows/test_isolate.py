@@ -160,7 +160,8 @@ def test_stopped_from_another_thread(faulty):
 def test_it_dies_with_its_parent(faulty, tmp_path, number):
     """The parent waits in a thread, as a flow does; the child is to be taken first when memory runs out."""
     source = (
-        "import threading; from tensorpress.tasks.isolate import run_isolated\n"
+        "import signal, threading; from tensorpress.tasks.isolate import run_isolated\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's job behind & is started without
         "threading.Thread(target=run_isolated, args=('faulty:hang', {'sleeper': 'pid'}, None, 'x'), daemon=True).start()\n"
         "import time; time.sleep(600)"
     )
