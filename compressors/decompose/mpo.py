@@ -60,7 +60,9 @@ class MPO(Compressor):
     )
     probes: tuple[float, ...] = Field((0.1, 0.3, 0.5, 0.8), description="shares kept at which the profile is measured")
     pivots: bool = Field(True, description="store low ranks in the fewest numbers; not for metric: weights")
-    multiple: int = Field(16, ge=1, description="bonds are multiples of it where they can be; not for metric: weights")
+    multiple: int = Field(
+        16, ge=1, description="low ranks are multiples of it where they can be; not for metric: weights"
+    )
     sweeps: int = Field(2, ge=0, le=20, description="of alternating least squares, for plans that need it")
     compensation: float = Field(
         0.5, ge=0, le=1, description="how far a layer makes up for what those before it have changed; 0 saves memory"

@@ -69,14 +69,17 @@ class SitePlan:
     def largest(self, allowance: float, pivoted: bool, multiple: int = 1) -> int:
         """The largest bond of at most so many bytes; 0 where there is none.
 
-        A multiple of `multiple`, where there is one and, for a low rank, where plain factors of the same bytes have no larger rank.
+        The rank of a low rank is a multiple of `multiple`, where there is one and where plain factors of the same bytes have no larger rank.
+        A step of so many would be a large share of the bytes of other plans, whose bonds are exact.
         """
         low, bond = 0, self.full_bond if self.kind != "low_rank" else min(self.rows[0] - 1, self.columns[1])
         while low < bond:
             middle = (low + bond + 1) // 2
             low, bond = (middle, bond) if self.bytes(middle, pivoted) <= allowance else (low, middle - 1)
+        if self.kind != "low_rank":
+            return bond
         rounded = bond // multiple * multiple
-        plain = allowance // (WORD * (self.rows[0] + self.columns[1])) if self.kind == "low_rank" else 0
+        plain = allowance // (WORD * (self.rows[0] + self.columns[1]))
         return rounded if rounded and rounded >= plain else bond
 
 

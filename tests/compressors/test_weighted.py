@@ -257,6 +257,15 @@ def test_multiples_where_they_can_be():
     plan = SitePlan("low_rank", (64, 1), (1, 64))
     assert plan.largest(2 * 64 * 64 * 0.75, True, 8) % 8 == 0
     assert plan.largest(plan.bytes(5, True), True, 8) == 5
+    for sites in (
+        2,
+        3,
+        5,
+    ):  # plans compete at equal bytes: no other plan leaves more of them than one step of its bonds
+        plan = SitePlan("balanced", factors(640, sites), factors(256, sites))
+        for keep in (0.3, 0.5, 0.8):
+            bond = plan.largest(2 * 640 * 256 * keep, True, 16)
+            assert plan.bytes(bond, True) <= 2 * 640 * 256 * keep < plan.bytes(bond + 1, True)
     assert most_sites(13, 17) == 1 and most_sites(64, 17) == 6 and most_sites(12, 7) == 3
 
 
