@@ -146,9 +146,8 @@ def low_rank_layer(
     if pivoted:
         mask, coefficients = pivot_rows(left)
         return LowRankLinear.from_factors((left[mask] @ right).to(dtype), coefficients.to(dtype), mask, bias)
-    size = (
-        left.abs().amax(0).clamp(min=1e-300)
-    )  # where the metric of the outputs sees nothing, the square of a number overflows
+    # Where the metric of the outputs sees nothing, the square of a number overflows.
+    size = left.abs().amax(0).clamp(min=1e-300)
     left, right = left / size, right * size[:, None]
     before, behind = left.norm(dim=0).clamp(min=1e-300), right.norm(dim=1)
     scale = torch.where(behind > 0, (behind / before).sqrt(), 1 / before)

@@ -257,11 +257,8 @@ def test_multiples_where_they_can_be():
     plan = SitePlan("low_rank", (64, 1), (1, 64))
     assert plan.largest(2 * 64 * 64 * 0.75, True, 8) % 8 == 0
     assert plan.largest(plan.bytes(5, True), True, 8) == 5
-    for sites in (
-        2,
-        3,
-        5,
-    ):  # plans compete at equal bytes: no other plan leaves more of them than one step of its bonds
+    # Plans compete at equal bytes: no other plan leaves more of them than one step of its bonds.
+    for sites in (2, 3, 5):
         plan = SitePlan("balanced", factors(640, sites), factors(256, sites))
         for keep in (0.3, 0.5, 0.8):
             bond = plan.largest(2 * 640 * 256 * keep, True, 16)
