@@ -140,11 +140,14 @@ def _from_hub(name: str, revision: str | None) -> Path:
 
 
 def answers(address: str, seconds: float) -> bool:
-    """Whether anything answers at an address within that time, name service included (which knows no limit of its own)."""
+    """Whether anything answers at an address within that time, name service included (which knows no limit of its own).
+
+    Whatever goes wrong means that nothing does: names have rules too (UnicodeError), and a thread prints what it does not catch.
+    """
     found: list[int] = []
 
     def ask() -> None:
-        with contextlib.suppress(httpx.HTTPError, httpx.InvalidURL, OSError):
+        with contextlib.suppress(Exception):
             found.append(httpx.head(address, timeout=seconds, follow_redirects=False).status_code)
 
     asking = threading.Thread(target=ask, daemon=True)

@@ -281,6 +281,17 @@ def test_a_name_service_that_is_dead(no_hub, monkeypatch, one_line):
     one_line(caught, "no model hub answers at http://hub.invalid")
 
 
+@pytest.mark.parametrize(
+    "endpoint", [f"http://{'a' * 64}.example", "http://[::1", "nonsense", "http://127.0.0.1:99999"]
+)
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_endpoint_that_cannot_be(no_hub, monkeypatch, one_line, endpoint):
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    with pytest.raises(InputError) as caught:
+        resolve("owner/name")
+    one_line(caught, "no model hub answers at ")
+
+
 def test_a_cache_with_a_config_alone_does_not_hide_the_hub(no_hub, monkeypatch, one_line, tmp_path):
     snapshot = tmp_path / "cache/models--owner--name/snapshots/abc"
     snapshot.mkdir(parents=True)

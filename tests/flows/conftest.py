@@ -119,16 +119,27 @@ class Served(NamedTuple):
         return "tensorpress", self.token
 
     def api(self, method: str, path: str, **body: Any) -> httpx.Response:
-        """A request to Prefect as its own client makes it: asked again while the server's database is busy (503)."""
-        with httpx.Client(base_url=f"{self.prefect}/api", auth=self.auth, timeout=30, trust_env=False) as client:
-            token = client.get("/csrf-token", params={"client": "test"}).json()["token"]
-            headers = {"Prefect-Csrf-Token": token, "Prefect-Csrf-Client": "test"}
-            end = time.monotonic() + 30
-            while True:
-                answer = client.request(method, path, headers=headers, **({"json": body} if method != "GET" else {}))
+        """A request to Prefect as its own client makes it: asked again while the server's database is busy (503, or 60 s of silence)."""
+        end = time.monotonic() + 180
+        while True:
+            try:
+                answer = self._asked(method, path, body)
                 if answer.status_code != 503 or time.monotonic() > end:
                     return answer
-                time.sleep(0.5)
+            except httpx.ReadTimeout:
+                if time.monotonic() > end:
+                    raise
+            time.sleep(0.5)
+
+    def _asked(self, method: str, path: str, body: dict[str, Any]) -> httpx.Response:
+        with httpx.Client(base_url=f"{self.prefect}/api", auth=self.auth, timeout=60, trust_env=False) as client:
+            if method == "GET":  # needs no token, which the server would have to write
+                return client.get(path)
+            token = client.get("/csrf-token", params={"client": "test"})
+            if token.status_code == 503:
+                return token
+            headers = {"Prefect-Csrf-Token": token.json()["token"], "Prefect-Csrf-Client": "test"}
+            return client.request(method, path, headers=headers, json=body)
 
     def deployment(self, name: str) -> dict[str, Any]:
         answer = self.api("GET", f"/deployments/name/{name}")
