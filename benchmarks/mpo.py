@@ -56,6 +56,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mpo, 3 balanced sites": {"use": "mpo", "plans": "balanced", "sites": 3},
     "mpo, blocks trained": {**LOW_RANK, "train_steps": 200},
     "mpo, all site plans, arranged": {"use": "mpo", "plans": "auto", "arrange": True},
+    "mpo, 3 balanced sites, arranged": {"use": "mpo", "plans": "balanced", "sites": 3, "arrange": True},
     "low rank + sparse columns": {"use": "factorize", "form": "low_rank_sparse", "channels": True},
 }
 KEEPS = (0.8, 0.7, 0.5)

@@ -18,7 +18,7 @@ from tensorpress.compressors.calibration import clear
 from tensorpress.compressors.decompose.embeddings import check_embeddings, decompose_embeddings
 from tensorpress.compressors.decompose.mpo_rows import dense_row, spectra_of
 from tensorpress.compressors.decompose.mpo_walk import Walk
-from tensorpress.compressors.decompose.permutations import arrange_neurons
+from tensorpress.compressors.decompose.permutations import arrange_blocks
 from tensorpress.compressors.decompose.site_plans import WORD, SitePlan, check_sites, fit, most_sites, plans
 from tensorpress.compressors.decompose.targets import check_targets, clamped, dense_targets, few_tokens
 from tensorpress.compressors.decompose.tensor_train import capped_bonds, largest_bond
@@ -69,7 +69,7 @@ class MPO(Compressor):
     )
     damping: float = Field(1e-3, gt=0, le=1, description="share of the mean diagonal that is added to the moments")
     arrange: bool = Field(
-        False, description="first order and scale the neurons of feed-forwards, which no output shows but site plans do"
+        False, description="first order heads and neurons, and scale neurons, which no output shows but site plans do"
     )
     train_steps: int = Field(
         0, ge=0, description="steps of training of each block's cores towards its output; not for metric: weights"
@@ -146,7 +146,7 @@ class MPO(Compressor):
         self.check(model, structure)
         targets = dense_targets(model, structure, self.layers)
         found: dict[str, Any] = {}
-        arranged = arrange_neurons(model, structure) if self.arrange else None
+        arranged = arrange_blocks(model, structure) if self.arrange else None
         if self.metric == "weights":
             rows = self._by_weights(model, targets, calibration)
         else:

@@ -1,9 +1,9 @@
-"""What can be chosen freely in a feed-forward: the order of its neurons, and the scale of each. No output changes, but what plans of several sites make of it.
+"""What can be chosen freely in a block: the order of neurons and of heads, and the scale of neurons. No output changes, but what plans of several sites make of it.
 
 Rows of the layers that lead in and columns of the layer that leads out are permuted together; and where a neuron's output is proportional to one of its
 rows (the half of a gated neuron that is not activated, ReLU), that row can be divided by what the column is multiplied with. A low rank depends on neither.
-Plans that split a matrix into sites do, since neighbours share the cores of the other sites. Whole heads of an attention could be permuted as well, but to no
-avail: where the product of all row (or column) factors but the first divides the size of a head, that only permutes rows of the unfoldings that are cut.
+Plans that split a matrix into sites do, since neighbours share the cores of the other sites. Heads are moved whole, those that share keys and values together.
+Where the product of all row (or column) factors but the first divides the size of a head, that only permutes rows of the unfoldings that are cut, and changes no error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import nn
 
 from tensorpress.compressors.base import LayerReport
 from tensorpress.compressors.calibration import BlockInputs, walk
-from tensorpress.structure import DENSE, Block, Structure, linear_shape, linear_weight
+from tensorpress.structure import DENSE, Block, Structure, Sublayer, linear_shape, linear_weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,11 +31,16 @@ CHUNK = 2048
 """So many vectors at a time are compared with all others."""
 
 
-def arrange_neurons(model: PreTrainedModel, structure: Structure) -> dict[str, int]:
-    """Order and scale the neurons of all blocks in place, from the weights alone; how many feed-forwards were `ordered` and `scaled`."""
-    found = {"ordered": 0, "scaled": 0}
+def arrange_blocks(model: PreTrainedModel, structure: Structure) -> dict[str, int]:
+    """Order the heads and the neurons of all blocks and scale the neurons, in place, from the weights alone.
+
+    Returns in how many blocks `heads` were ordered, and in how many neurons were `ordered` and `scaled`.
+    """
+    found = {"heads": 0, "ordered": 0, "scaled": 0}
+    heads = _heads(model.config)
 
     def visit(block: Block, inputs: BlockInputs) -> list[LayerReport]:
+        found["heads"] += permute_heads(block, inputs, heads) is not None
         found["ordered"] += permute_neurons(block, inputs) is not None
         found["scaled"] += scale_neurons(block, inputs) is not None
         return []
@@ -54,7 +59,28 @@ def permute_neurons(block: Block, inputs: BlockInputs) -> torch.Tensor | None:
     if found is None:
         return None
     order = alike(linear_weight(inputs.module.get_submodule(found.out)).detach().T)
-    return order if _changed(inputs, found, lambda module: found.reorder(module, order), TOLERANCE) else None
+    return order if _changed(inputs, found.out, lambda module: found.reorder(module, order), TOLERANCE) else None
+
+
+def permute_heads(block: Block, inputs: BlockInputs, heads: int) -> torch.Tensor | None:
+    """Put heads side by side, in place, whose columns in the layer that leads out are alike (`alike`); `heads` is the number of those that have keys of their own.
+
+    Queries that share keys and values stay together. Returns the order, int64 [heads]; None where the block is left alone: one head, other layers than dense
+    ones for queries, keys, values (one by one or joined) and the output, or where the output for noise would change (heads that are told apart).
+    """
+    found = _attention(block, inputs.module, heads)
+    if found is None:
+        return None
+    columns = linear_weight(inputs.module.get_submodule(found.out)).detach().T
+    order = alike(columns.reshape(heads, -1))
+    for parts in found.layouts:
+
+        def reorder(module: nn.Module, parts: tuple[tuple[int, ...], ...] = parts) -> None:
+            found.reorder(module, order, parts)
+
+        if _changed(inputs, found.out, reorder, TOLERANCE):
+            return order
+    return None
 
 
 def scale_neurons(block: Block, inputs: BlockInputs) -> torch.Tensor | None:
@@ -74,7 +100,7 @@ def scale_neurons(block: Block, inputs: BlockInputs) -> torch.Tensor | None:
         def scale(module: nn.Module, path: str = path, rows: slice = rows) -> None:
             found.scale(module, path, rows, powers)
 
-        if _changed(inputs, found, scale, 0.0):
+        if _changed(inputs, found.out, scale, 0.0):
             return powers
     return None
 
@@ -157,31 +183,84 @@ class _FeedForward:
             tensor[rows].div_(factors if tensor.ndim == 1 else factors[:, None])
 
 
+@dataclass(frozen=True)
+class _Attention:
+    """Paths in a block of the layers that lead into its heads and of the one that leads out."""
+
+    into: tuple[str, ...]
+    out: str
+    layouts: tuple[tuple[tuple[int, ...], ...], ...]
+    """Ways to read the outputs of each of `into`: sizes of parts that stand behind each other and hold all heads each."""
+
+    @torch.no_grad()
+    def reorder(self, module: nn.Module, order: torch.Tensor, parts: tuple[tuple[int, ...], ...]) -> None:
+        """`parts`: one of `layouts`."""
+        for path, sizes in zip(self.into, parts, strict=True):
+            rows = torch.cat([_moved(size, order) + sum(sizes[:place]) for place, size in enumerate(sizes)])
+            for tensor in _rows_of(module.get_submodule(path)):
+                tensor.copy_(tensor[rows])
+        weight = linear_weight(module.get_submodule(self.out))
+        weight.copy_(weight[:, _moved(weight.shape[1], order)])
+
+
+def _moved(size: int, order: torch.Tensor) -> torch.Tensor:
+    """Places [size] of what stood in len(order) equal pieces, in that order of the pieces."""
+    return torch.arange(size, device=order.device).reshape(len(order), -1)[order].flatten()
+
+
+def _heads(config: Any) -> int:
+    """How many heads have keys of their own; 1 where a configuration has no one number for all blocks."""
+    found = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+    return found if isinstance(found, int) else 1
+
+
+def _attention(block: Block, module: nn.Module, heads: int) -> _Attention | None:
+    found = _in_and_out(block, block.attention, module)
+    if found is None or heads < 2:
+        return None
+    into, out = found
+    queries = linear_shape(module.get_submodule(out))[1]
+    outputs = [linear_shape(module.get_submodule(path))[0] for path in into]
+    layouts: list[tuple[tuple[int, ...], ...]] = [tuple((size,) for size in outputs)]
+    if len(into) == 1:  # queries, keys and values behind each other, or each head's side by side
+        others = (outputs[0] - queries) // 2
+        layouts.insert(0, ((queries, others, outputs[0] - queries - others),))
+    fit = [layout for layout in layouts if all(size > 0 and size % heads == 0 for sizes in layout for size in sizes)]
+    return _Attention(into, out, tuple(fit)) if fit and queries % heads == 0 else None
+
+
 def _rows_of(layer: nn.Module) -> list[torch.Tensor]:
     """What a dense layer has for each output: its weight [m, n] and its bias [m]."""
     bias: torch.Tensor | None = getattr(layer, "bias", None)
     return [linear_weight(layer)] if bias is None else [linear_weight(layer), bias]
 
 
-def _feed_forward(block: Block, module: nn.Module) -> _FeedForward | None:
-    groups = block.feed_forward.linears if block.feed_forward is not None else ()
+def _in_and_out(block: Block, sublayer: Sublayer | None, module: nn.Module) -> tuple[tuple[str, ...], str] | None:
+    """Paths in the block of a sublayer's layers, where these are dense and some lead in and one leads out."""
+    groups = sublayer.linears if sublayer is not None else ()
     if len(groups) != 2 or len(groups[1]) != 1:
         return None
     into, (out,) = (tuple(path.removeprefix(block.path + ".") for path in group) for group in groups)
-    if not all(isinstance(module.get_submodule(path), DENSE) for path in (*into, out)):
+    return (into, out) if all(isinstance(module.get_submodule(path), DENSE) for path in (*into, out)) else None
+
+
+def _feed_forward(block: Block, module: nn.Module) -> _FeedForward | None:
+    found = _in_and_out(block, block.feed_forward, module)
+    if found is None:
         return None
+    into, out = found
     neurons = linear_shape(module.get_submodule(out))[1]
     outputs = {linear_shape(module.get_submodule(path))[0] for path in into}
     joined = len(into) == 1 and outputs == {2 * neurons}
     return _FeedForward(into, out, neurons, joined) if joined or outputs == {neurons} else None
 
 
-def _changed(inputs: BlockInputs, found: _FeedForward, change: Callable[[nn.Module], None], tolerance: float) -> bool:
-    """Change the block, unless in a copy of it what the block, or the layer that leads out, gives for noise does not stay what it is."""
+def _changed(inputs: BlockInputs, out: str, change: Callable[[nn.Module], None], tolerance: float) -> bool:
+    """Change the block, unless in a copy of it what the block, or the layer `out` in it, gives for noise does not stay what it is."""
     trial = copy.deepcopy(inputs.module).float().eval()
-    before = _outputs(trial, inputs, found.out)
+    before = _outputs(trial, inputs, out)
     change(trial)
-    after = _outputs(trial, inputs, found.out)
+    after = _outputs(trial, inputs, out)
     same = all(float((a - b).norm()) <= tolerance * float(b.norm()) for a, b in zip(after, before, strict=True))
     if same:
         change(inputs.module)

@@ -1,4 +1,4 @@
-"""Neurons in another order and of another scale: the same outputs, neighbours that are alike, and hands off what is no plain feed-forward."""
+"""Heads and neurons in another order, neurons of another scale: the same outputs, neighbours that are alike, hands off what is no plain block."""
 
 import copy
 
@@ -9,7 +9,13 @@ from torch import nn
 
 from tensorpress.compressors.calibration import walk
 from tensorpress.compressors.decompose import permutations
-from tensorpress.compressors.decompose.permutations import alike, arrange_neurons, permute_neurons, scale_neurons
+from tensorpress.compressors.decompose.permutations import (
+    alike,
+    arrange_blocks,
+    permute_heads,
+    permute_neurons,
+    scale_neurons,
+)
 from tensorpress.compressors.decompose.site_plans import fit, plans
 from tensorpress.kernels.mpo_linear import MPOLinear
 from tensorpress.structure import find_structure, linear_shape, linear_weight, set_module
@@ -58,7 +64,7 @@ def test_outputs_stay_what_they_are(make_model, make_ids, outputs, name):
     before, expected = state(model), outputs(model, ids)
     count = len(find_structure(model).blocks)
     scaled = count if name in PROPORTIONAL else 0
-    assert arrange_neurons(model, find_structure(model)) == {"ordered": count, "scaled": scaled}
+    assert arrange_blocks(model, find_structure(model)) == {"heads": count, "ordered": count, "scaled": scaled}
     assert not same(model, before)
     torch.testing.assert_close(outputs(model, ids), expected, rtol=1e-10, atol=1e-10)
 
@@ -85,6 +91,81 @@ def test_rows_and_biases_and_columns_follow_the_order(make_model, name, fields):
         moved.add(out + ".weight")
     theirs = before.state_dict()
     assert all(torch.equal(tensor, theirs[key]) for key, tensor in model.state_dict().items() if key not in moved)
+
+
+HEADS = {  # the heads of the tiny models with keys of their own, and what the outputs of each layer that leads in are
+    "llama": (2, [["q q"], ["k"], ["v"]]),
+    "phi3": (2, [["q q", "k", "v"]]),
+    "gpt2": (4, [["q", "k", "v"]]),
+    "gpt_neox": (4, [["qkv"]]),
+    "bert": (4, [["q"], ["k"], ["v"]]),
+}
+
+
+@pytest.fixture
+def turned_round(monkeypatch):
+    """The order of two heads is what it is, and that of four may be; any other than the one there is has to be right as well."""
+    monkeypatch.setattr(permutations, "alike", lambda vectors: torch.arange(len(vectors)).flip(0))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_outputs_stay_what_they_are_when_heads_are_turned_round(make_model, make_ids, outputs, turned_round, name):
+    model, ids = make_model(name).double(), make_ids(3, 11)
+    heads = getattr(model.config, "num_key_value_heads", 4)
+    expected = outputs(model, ids)
+    orders = visited(model, lambda block, inputs: permute_heads(block, inputs, heads))
+    assert all(order.tolist() == list(range(heads))[::-1] for order in orders)
+    torch.testing.assert_close(outputs(model, ids), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_move_whole(make_model, turned_round, name):
+    model = make_model(name)
+    before, structure = copy.deepcopy(model), find_structure(model)
+    heads, layers = HEADS[name]
+    orders = visited(model, lambda block, inputs: permute_heads(block, inputs, heads))
+    moved, theirs = set(), before.state_dict()
+    for block, order in zip(structure.blocks, orders, strict=True):
+        assert order.sort().values.equal(torch.arange(heads))
+        into, (out,) = block.attention.linears
+        for path, parts in zip(into, layers, strict=True):
+            ours, old = model.get_submodule(path), before.get_submodule(path)
+            sizes = [heads * 8 * len(part.replace(" ", "")) for part in parts]
+            pieces = zip(linear_weight(ours).split(sizes), linear_weight(old).split(sizes), strict=True)
+            assert all(torch.equal(a, torch.cat([b.chunk(heads)[head] for head in order])) for a, b in pieces)
+            moved |= {path + ".weight", path + ".bias"}
+        columns = linear_weight(before.get_submodule(out)).chunk(heads, 1)
+        assert torch.equal(linear_weight(model.get_submodule(out)), torch.cat([columns[head] for head in order], 1))
+        moved.add(out + ".weight")
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in model.state_dict().items() if key not in moved)
+
+
+def test_heads_that_are_alike_stand_together(make_model):
+    model = make_model("llama", num_attention_heads=8, num_key_value_heads=8)
+    block = find_structure(model).blocks[0]
+    columns = linear_weight(model.get_submodule(block.attention.linears[1][0])).data.view(32, 8, 4)
+    columns[:, 4:] = columns[:, :4] * 2 + 0.01 * torch.randn(32, 4, 4)
+    order = visited(model, lambda block, inputs: permute_heads(block, inputs, 8))[0]
+    assert all(pair.remainder(4).unique().numel() == 1 for pair in order.view(4, 2))
+
+
+def test_heads_that_are_told_apart_are_left_alone(make_model, turned_round):
+    model = make_model("llama")
+    structure = find_structure(model)
+    out = structure.blocks[1].attention.linears[1][0]
+    model.get_submodule(out).register_forward_pre_hook(lambda _, args: (args[0] * torch.linspace(0.5, 2, 32),))
+    before = state(model.get_submodule(structure.blocks[1].path))
+    orders = visited(model, lambda block, inputs: permute_heads(block, inputs, 2))
+    assert orders[1] is None and orders[0] is not None and orders[2] is not None
+    assert same(model.get_submodule(structure.blocks[1].path), before)
+
+
+@pytest.mark.parametrize("heads", [1, 3, 64])
+def test_numbers_of_heads_that_do_not_divide(make_model, heads):
+    model = make_model("llama")
+    before = state(model)
+    assert visited(model, lambda block, inputs: permute_heads(block, inputs, heads)) == [None] * 3
+    assert same(model, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -121,22 +202,27 @@ def test_the_stored_precision_stays_and_the_same_twice(make_model, make_ids, out
     model, ids = make_model("llama").bfloat16(), make_ids(3, 11)
     twin, expected = copy.deepcopy(model), outputs(model, ids)
     for one in (model, twin):
-        arrange_neurons(one, find_structure(one))
+        arrange_blocks(one, find_structure(one))
     assert same(model, state(twin)) and all(p.dtype == torch.bfloat16 for p in model.parameters())
     assert (outputs(model, ids) - expected).norm() < 0.05 * expected.norm()
 
 
 def test_a_model_in_training_is_arranged_as_well_and_stays_in_training(make_model):
     model = make_model("gpt2").train()
-    assert arrange_neurons(model, find_structure(model))["ordered"] == 3 and all(m.training for m in model.modules())
+    assert arrange_blocks(model, find_structure(model)) == {"heads": 3, "ordered": 3, "scaled": 0} and all(
+        m.training for m in model.modules()
+    )
 
 
 @pytest.mark.parametrize("family", MIXTURES)
 def test_mixtures_of_experts_are_left_alone(seed, family):
+    """But for the heads of their attention."""
     config = getattr(transformers, f"{family}Config")(**MIXTURE, **MIXTURES[family])
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     before = state(model)
-    assert arrange_neurons(model, find_structure(model)) == {"ordered": 0, "scaled": 0} and same(model, before)
+    assert arrange_blocks(model, find_structure(model)) == {"heads": 2, "ordered": 0, "scaled": 0}
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert all(".self_attn." in name for name in changed)
 
 
 class Mixing(nn.Module):
