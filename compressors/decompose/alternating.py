@@ -7,11 +7,13 @@ Schneider 2012, "The alternating linear scheme"). The other cores are orthonorma
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from tensorpress.compressors.decompose.tensor_train import canonical
-from tensorpress.compressors.decompose.weighted_low_rank import LARGE, TINY, root_of, weighted_by, weighted_error
+from tensorpress.compressors.decompose.weighted_low_rank import LARGE, TINY, root_of, weighted_by
 
 DIRECT_UNKNOWNS, DIRECT_NUMBERS = 2048, 1 << 25
 """Largest system that is solved in closed form, and most numbers of its design matrix; above, conjugate gradients."""
@@ -44,19 +46,22 @@ def refine(
     moving = [core.to(precise) for core in canonical(cores, 0)]
     iterations = iterations or (ITERATIONS if weight.numel() < LARGE else FEW)
     problem = _Problem(w, h, g)
-    errors = [problem.error(moving)]
+    left = problem.left(moving)
+    errors = [left.error]
     places = [k for _ in range(sweeps) for k in (*range(len(moving)), *range(len(moving) - 2, -1, -1))]
     at = 0
     for k in places:
         if k != at:
             moving, at = [core.to(precise) for core in _moved(moving, at, k)], k
-        before = moving[k]
         closed = direct and g is None and problem.is_small(moving, k)
-        moving[k] = problem.solved(moving, k) if closed else problem.descended(moving, k, iterations)
-        error = problem.error(moving)
-        if not error <= errors[-1]:  # rounding, where there is nothing left to gain
-            moving[k], error = before, errors[-1]
-        errors.append(error)
+        if closed:
+            core = problem.solved(moving, k)
+            after = problem.left([*moving[:k], core, *moving[k + 1 :]])
+        else:
+            core, after = problem.descended(moving, k, iterations, left)
+        if after.error <= errors[-1]:  # not where rounding leaves nothing to gain
+            moving[k], left = core, after
+        errors.append(left.error)
     return moving, errors
 
 
@@ -73,22 +78,38 @@ def _moved(cores: list[torch.Tensor], at: int, to: int) -> list[torch.Tensor]:
     return result
 
 
+def _inner(a: torch.Tensor, b: torch.Tensor) -> float:
+    """tr(A^T B) of two matrices, summed over rows in their precision and in float64 from there, without a third matrix."""
+    return float(torch.einsum("mn,mn->m", a, b).sum(dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class _Left:
+    """What a matrix M leaves of a weight W: D = W - M [m, n], G D H [m, n], and tr(G D H D^T)."""
+
+    difference: torch.Tensor
+    pull: torch.Tensor
+
+    @cached_property
+    def error(self) -> float:
+        return max(_inner(self.difference, self.pull), 0.0)
+
+
 class _Problem:
     """A weight with the metrics of its inputs and outputs."""
 
     def __init__(self, weight: torch.Tensor, inputs: torch.Tensor | None, outputs: torch.Tensor | None):
         self.weight, self.inputs, self.outputs = weight, inputs, outputs
         self.root: torch.Tensor | None = None
-        self.target = self.weighted(weight)
 
     def weighted(self, matrix: torch.Tensor) -> torch.Tensor:
         """G M H."""
         right = weighted_by(matrix, self.inputs)
         return right if self.outputs is None else weighted_by(right.T, self.outputs).T
 
-    def error(self, cores: Sequence[torch.Tensor]) -> float:
-        view = _View(cores, 0)
-        return weighted_error(self.weight - view.matrix(cores[0]), self.inputs, self.outputs)
+    def left(self, cores: Sequence[torch.Tensor]) -> _Left:
+        difference = self.weight - _View(cores, 0).matrix(cores[0])
+        return _Left(difference, self.weighted(difference))
 
     def is_small(self, cores: Sequence[torch.Tensor], k: int) -> bool:
         left, i, j, right = cores[k].shape
@@ -112,15 +133,33 @@ class _Problem:
         found = now + torch.cholesky_solve((change - now @ gram).T, root_of(gram, TINY)).T
         return found.reshape(i, left, j, right).transpose(0, 1)
 
-    def descended(self, cores: Sequence[torch.Tensor], k: int, iterations: int) -> torch.Tensor:
-        """Conjugate gradients on the normal equations, from the core as it is."""
-        view = _View(cores, k)
-        return conjugate_gradients(
-            lambda core: view.adjoint(self.weighted(view.matrix(core))),
-            view.adjoint(self.target),
-            cores[k],
-            iterations,
-        )
+    def descended(
+        self, cores: Sequence[torch.Tensor], k: int, iterations: int, left: _Left
+    ) -> tuple[torch.Tensor, _Left]:
+        """Conjugate gradients on the normal equations, from the core as it is, of which `left` is left; the core, and what it leaves.
+
+        Each iteration weights one matrix, which takes nearly all of the time; what is left follows the steps.
+        """
+        view, core = _View(cores, k), cores[k]
+        difference, pull = left.difference.clone(), left.pull.clone()
+        direction = residual = view.adjoint(pull)
+        size = first = residual.square().sum()
+        for _ in range(iterations):
+            moved = view.matrix(direction)
+            weighted = self.weighted(moved)
+            curvature = _inner(moved, weighted)
+            if not curvature > 0:
+                break
+            step = float(size) / curvature
+            core = core + step * direction
+            difference.sub_(moved, alpha=step)
+            pull.sub_(weighted, alpha=step)
+            residual = residual - step * view.adjoint(weighted)  # which comes to nothing, as view.adjoint(pull) may not
+            before, size = size, residual.square().sum()
+            if not float(size) > torch.finfo(core.dtype).eps ** 2 * float(first):
+                break
+            direction = residual + size / before * direction
+        return core, _Left(difference, pull)
 
 
 def conjugate_gradients(

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from tensorpress.compressors.decompose.allocation import Menu, allocate
 from tensorpress.compressors.decompose.alternating import _Problem, refine
@@ -115,6 +116,22 @@ def test_refinement_never_raises_the_error_and_says_it_truly(seed, rows, columns
         assert errors[-1] == pytest.approx(errors[0], rel=1e-9)
 
 
+@pytest.mark.parametrize("noise", [1.0, 1e-2])
+@pytest.mark.parametrize("of_outputs", [False, True])
+def test_what_is_left_follows_the_steps_in_float32_too(seed, noise, of_outputs):
+    """Of weights that are not small; with an error of a hundredth it is told to a thousandth."""
+    rows, columns = (4, 5, 8), (6, 4, 6)
+    exact = mpo_to_matrix(decompose(torch.randn(160, 144), rows, columns, capped_bonds(rows, columns, 9)))
+    weight = exact / exact.norm() + noise * nn.functional.normalize(torch.randn(160, 144), dim=(0, 1))
+    h, g = moment(144).float(), moment(160).float() if of_outputs else None
+    cores = decompose(weight, rows, columns, capped_bonds(rows, columns, 9))
+    found, errors = refine(cores, weight, h, g, sweeps=4)
+    exact_error = weighted_error(weight.double() - mpo_to_matrix([core.double() for core in found]), h, g)
+    assert found[0].dtype == torch.float32 and errors[-1] == pytest.approx(exact_error, rel=1e-3)
+    assert errors[-1] < 0.9 * errors[0]
+    assert all(after <= before for before, after in itertools.pairwise(errors))
+
+
 @pytest.mark.parametrize(("rows", "columns"), SPLITS)
 def test_a_core_is_solved_in_closed_form(seed, rows, columns):
     """At the solution the gradient by that core is nothing; conjugate gradients run to the end find the same error."""
@@ -122,16 +139,19 @@ def test_a_core_is_solved_in_closed_form(seed, rows, columns):
     problem = _Problem(weight, h, None)
     for k in range(len(rows)):
         moving = canonical(decompose(weight, rows, columns, capped_bonds(rows, columns, 4)), k)
-        before = problem.error(moving)
+        before = problem.left(moving)
         assert problem.is_small(moving, k)
         closed = [*moving[:k], problem.solved(moving, k), *moving[k + 1 :]]
-        descended = [*moving[:k], problem.descended(moving, k, 500), *moving[k + 1 :]]
-        assert problem.error(closed) == pytest.approx(problem.error(descended), rel=1e-5)
+        core, after = problem.descended(moving, k, 500, before)
+        exact = problem.left([*moving[:k], core, *moving[k + 1 :]])
+        torch.testing.assert_close((after.difference, after.pull), (exact.difference, exact.pull))
+        least = problem.left(closed).error
+        assert least == pytest.approx(after.error, rel=1e-5)
         for _ in range(20):
             nudged = [*closed]
             nudged[k] = closed[k] + 1e-3 * torch.randn_like(closed[k])
-            assert problem.error(nudged) >= problem.error(closed) * (1 - 1e-12)
-        assert problem.error(closed) <= before * (1 + 1e-12)
+            assert problem.left(nudged).error >= least * (1 - 1e-12)
+        assert least <= before.error * (1 + 1e-12)
 
 
 def test_what_can_be_exact_is_found(seed):
