@@ -142,7 +142,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
 def answers(address: str, seconds: float) -> bool:
     """Whether anything answers at an address within that time, name service included (which knows no limit of its own).
 
-    Whatever goes wrong means that nothing does: names have rules too (UnicodeError), and a thread prints what it does not catch.
+    Whatever goes wrong (names have rules too) counts as no answer: a thread would print it.
     """
     found: list[int] = []
 

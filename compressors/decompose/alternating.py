@@ -37,7 +37,7 @@ def refine(
 
     `inputs` H and `outputs` G as in `weighted_svd`. A sweep goes over the cores from the first to the last and back. Where G is the
     unit matrix and the system is small, a core is solved in closed form (with a trace of damping, for inputs that are linearly dependent); else
-    by conjugate gradients from where it is. The error never rises.
+    by conjugate gradients from where it is. The error, in the precision of the refinement, never rises.
     """
     precise = torch.float64 if weight.numel() <= PRECISE else torch.float32
     w = weight.to(precise)
@@ -79,7 +79,7 @@ def _moved(cores: list[torch.Tensor], at: int, to: int) -> list[torch.Tensor]:
 
 
 def _inner(a: torch.Tensor, b: torch.Tensor) -> float:
-    """tr(A^T B) of two matrices, summed over rows in their precision and in float64 from there, without a third matrix."""
+    """tr(A^T B) of two matrices, summed over rows in their precision and in float64 from there."""
     return float(torch.einsum("mn,mn->m", a, b).sum(dtype=torch.float64))
 
 
@@ -105,7 +105,9 @@ class _Problem:
     def weighted(self, matrix: torch.Tensor) -> torch.Tensor:
         """G M H."""
         right = weighted_by(matrix, self.inputs)
-        return right if self.outputs is None else weighted_by(right.T, self.outputs).T
+        if self.outputs is None or self.outputs.ndim == 1:
+            return right if self.outputs is None else self.outputs[:, None] * right
+        return self.outputs @ right  # not a transposed view, which would make all that follows slow
 
     def left(self, cores: Sequence[torch.Tensor]) -> _Left:
         difference = self.weight - _View(cores, 0).matrix(cores[0])
@@ -138,7 +140,7 @@ class _Problem:
     ) -> tuple[torch.Tensor, _Left]:
         """Conjugate gradients on the normal equations, from the core as it is, of which `left` is left; the core, and what it leaves.
 
-        Each iteration weights one matrix, which takes nearly all of the time; what is left follows the steps.
+        Each iteration weights one matrix, which takes most of the time; what is left follows the steps.
         """
         view, core = _View(cores, k), cores[k]
         difference, pull = left.difference.clone(), left.pull.clone()

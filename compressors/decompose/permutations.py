@@ -9,6 +9,8 @@ Where the product of all row (or column) factors but the first divides the size 
 from __future__ import annotations
 
 import copy
+import os
+from collections import UserDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,7 @@ from torch import nn
 
 from tensorpress.compressors.base import LayerReport
 from tensorpress.compressors.calibration import BlockInputs, walk
-from tensorpress.structure import DENSE, Block, Structure, Sublayer, linear_shape, linear_weight
+from tensorpress.structure import DENSE, LINEAR, Block, Structure, Sublayer, linear_shape, linear_weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,10 +36,10 @@ CHUNK = 2048
 def arrange_blocks(model: PreTrainedModel, structure: Structure) -> dict[str, int]:
     """Order the heads and the neurons of all blocks and scale the neurons, in place, from the weights alone.
 
-    Returns in how many blocks `heads` were ordered, and in how many neurons were `ordered` and `scaled`.
+    Returns in how many blocks `heads` were moved, and in how many neurons were `ordered` and `scaled`.
     """
     found = {"heads": 0, "ordered": 0, "scaled": 0}
-    heads = _heads(model.config)
+    heads = _heads(model, structure)
 
     def visit(block: Block, inputs: BlockInputs) -> list[LayerReport]:
         found["heads"] += permute_heads(block, inputs, heads) is not None
@@ -65,22 +67,26 @@ def permute_neurons(block: Block, inputs: BlockInputs) -> torch.Tensor | None:
 def permute_heads(block: Block, inputs: BlockInputs, heads: int) -> torch.Tensor | None:
     """Put heads side by side, in place, whose columns in the layer that leads out are alike (`alike`); `heads` is the number of those that have keys of their own.
 
-    Queries that share keys and values stay together. Returns the order, int64 [heads]; None where the block is left alone: one head, other layers than dense
-    ones for queries, keys, values (one by one or joined) and the output, or where the output for noise would change (heads that are told apart).
+    Queries that share keys and values stay together. Returns the order, int64 [heads]; None where the block is left alone: where nothing would move, where
+    the layers are not those of queries, keys and values (one by one or joined) and of the output, all dense and no others, where the output for noise
+    would change (heads that are told apart), or does not tell how queries, keys and values are joined.
     """
     found = _attention(block, inputs.module, heads)
     if found is None:
         return None
     columns = linear_weight(inputs.module.get_submodule(found.out)).detach().T
     order = alike(columns.reshape(heads, -1))
-    for parts in found.layouts:
+    if bool((order.diff() == 1).all()):
+        return None
 
-        def reorder(module: nn.Module, parts: tuple[tuple[int, ...], ...] = parts) -> None:
-            found.reorder(module, order, parts)
+    def by(parts: tuple[tuple[int, ...], ...]) -> Callable[[nn.Module], None]:
+        return lambda module: found.reorder(module, order, parts)
 
-        if _changed(inputs, found.out, reorder, TOLERANCE):
-            return order
-    return None
+    right = [parts for parts in found.layouts if _same(inputs, found.out, by(parts), TOLERANCE)]
+    if len(right) != 1:
+        return None
+    by(right[0])(inputs.module)
+    return order
 
 
 def scale_neurons(block: Block, inputs: BlockInputs) -> torch.Tensor | None:
@@ -208,15 +214,22 @@ def _moved(size: int, order: torch.Tensor) -> torch.Tensor:
     return torch.arange(size, device=order.device).reshape(len(order), -1)[order].flatten()
 
 
-def _heads(config: Any) -> int:
-    """How many heads have keys of their own; 1 where a configuration has no one number for all blocks."""
+def _heads(model: PreTrainedModel, structure: Structure) -> int:
+    """How many heads have keys of their own; 1, so that none is moved, where that is not known or where blocks use the keys of others."""
+    for block in structure.blocks:
+        groups = block.attention.linears if block.attention is not None else ()
+        if len(groups) == 2 and len(groups[0]) == len(groups[1]) == 1:
+            into, out = (linear_shape(model.get_submodule(path)) for (path,) in groups)
+            if into[0] == out[1]:  # queries alone
+                return 1
+    config = model.config.get_text_config()
     found = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
     return found if isinstance(found, int) else 1
 
 
 def _attention(block: Block, module: nn.Module, heads: int) -> _Attention | None:
     found = _in_and_out(block, block.attention, module)
-    if found is None or heads < 2:
+    if found is None or heads < 2 or _others(module, (*found[0], found[1])):
         return None
     into, out = found
     queries = linear_shape(module.get_submodule(out))[1]
@@ -224,9 +237,20 @@ def _attention(block: Block, module: nn.Module, heads: int) -> _Attention | None
     layouts: list[tuple[tuple[int, ...], ...]] = [tuple((size,) for size in outputs)]
     if len(into) == 1:  # queries, keys and values behind each other, or each head's side by side
         others = (outputs[0] - queries) // 2
-        layouts.insert(0, ((queries, others, outputs[0] - queries - others),))
+        layouts.append(((queries, others, outputs[0] - queries - others),))
     fit = [layout for layout in layouts if all(size > 0 and size % heads == 0 for sizes in layout for size in sizes)]
     return _Attention(into, out, tuple(fit)) if fit and queries % heads == 0 else None
+
+
+def _others(module: nn.Module, paths: tuple[str, ...]) -> bool:
+    """Whether the smallest module that holds some layers has other linear ones, which may be of heads and in use for some inputs alone."""
+    holder = os.path.commonpath([path.replace(".", "/") for path in paths]).replace("/", ".")
+    held = {
+        f"{holder}.{name}".lstrip(".")
+        for name, layer in module.get_submodule(holder).named_modules()
+        if isinstance(layer, LINEAR)
+    }
+    return held != set(paths)
 
 
 def _rows_of(layer: nn.Module) -> list[torch.Tensor]:
@@ -256,15 +280,20 @@ def _feed_forward(block: Block, module: nn.Module) -> _FeedForward | None:
 
 
 def _changed(inputs: BlockInputs, out: str, change: Callable[[nn.Module], None], tolerance: float) -> bool:
-    """Change the block, unless in a copy of it what the block, or the layer `out` in it, gives for noise does not stay what it is."""
+    """Change the block where its outputs stay the `_same`."""
+    same = _same(inputs, out, change, tolerance)
+    if same:
+        change(inputs.module)
+    return same
+
+
+def _same(inputs: BlockInputs, out: str, change: Callable[[nn.Module], None], tolerance: float) -> bool:
+    """Whether in a copy of the block that is changed what it, or the layer `out` in it, gives for noise stays what it is."""
     trial = copy.deepcopy(inputs.module).float().eval()
     before = _outputs(trial, inputs, out)
     change(trial)
     after = _outputs(trial, inputs, out)
-    same = all(float((a - b).norm()) <= tolerance * float(b.norm()) for a, b in zip(after, before, strict=True))
-    if same:
-        change(inputs.module)
-    return same
+    return all(float((a - b).norm()) <= tolerance * float(b.norm()) for a, b in zip(after, before, strict=True))
 
 
 @torch.no_grad()
@@ -281,9 +310,9 @@ def _outputs(module: nn.Module, inputs: BlockInputs, path: str) -> list[torch.Te
 
 
 def _float(value: Any) -> Any:
-    """The floating tensors in arguments in float32."""
+    """The floating tensors in arguments in float32, in dictionaries of their own, which a block may write into."""
     if isinstance(value, torch.Tensor) and value.is_floating_point():
         return value.float()
-    if isinstance(value, dict):
-        return {key: _float(item) for key, item in value.items()}
+    if isinstance(value, dict | UserDict):
+        return type(value)({key: _float(item) for key, item in value.items()})
     return type(value)(_float(item) for item in value) if type(value) in (tuple, list) else value

@@ -155,8 +155,10 @@ def fit(
         cores = weighted_tt_svd(weight, plan.rows, plan.columns, bonds, inputs, outputs)
         loss = weighted_error(weight.double() - mpo_to_matrix(cores), inputs, outputs)
         if sweeps and loss <= limit and (inputs is not None or outputs is not None):
-            cores, _ = refine(cores, weight, inputs, outputs, sweeps=sweeps)
-            loss = weighted_error(weight.double() - mpo_to_matrix(cores).double(), inputs, outputs)
+            refined, _ = refine(cores, weight, inputs, outputs, sweeps=sweeps)
+            after = weighted_error(weight.double() - mpo_to_matrix(refined).double(), inputs, outputs)
+            if after < loss:  # float32 may take the last digits of an error for more than they are
+                cores, loss = refined, after
         layer = mpo_layer(cores, bias, weight.dtype, pivoted=pivoted)
     return Fitted(plan, bond, plan.bytes(bond, pivoted), loss, layer.to(weight.device), cores)
 

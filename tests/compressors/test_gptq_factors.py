@@ -10,7 +10,7 @@ from torch import nn
 from tensorpress.artifact import save_model
 from tensorpress.compressors.decompose.factorize import Factorize
 from tensorpress.compressors.decompose.mpo import MPO
-from tensorpress.compressors.decompose.weighted_low_rank import low_rank_layer
+from tensorpress.compressors.decompose.weighted_low_rank import damped, low_rank_layer
 from tensorpress.compressors.quantize import gptq
 from tensorpress.compressors.quantize.factors import Contracted, factor_pairs, refitted, spread
 from tensorpress.compressors.quantize.gptq import GPTQ, dequantized, output_error, quantize_matrix
@@ -48,7 +48,10 @@ def test_the_gauge_changes_no_weight(seed, outputs, inputs, rank, pivoted):
 def test_the_outer_factor_is_the_best_for_the_rounded_inner(seed, outputs, inputs, rank):
     """Against least squares on the inputs themselves, and against every small change of it."""
     outer, inner = torch.randn(outputs, rank, dtype=torch.float64), torch.randn(rank, inputs, dtype=torch.float64)
-    rounded, h = inner + 0.1 * torch.randn_like(inner), inputs_of(inputs)
+    left, _, right = torch.linalg.svd(inner, full_matrices=False)
+    even = left @ right  # a random square matrix may be as good as singular, and has many such factors then
+    inner, h = inputs**0.5 * even, damped(inputs_of(inputs), 1e-3)
+    rounded = inner + 0.1 * torch.randn_like(inner)
     found = refitted(outer, inner, rounded, h, 0.0)
     root = torch.linalg.cholesky(h)
     oracle = torch.linalg.lstsq((rounded @ root).T, (outer @ inner @ root).T).solution.T
@@ -61,8 +64,6 @@ def test_the_outer_factor_is_the_best_for_the_rounded_inner(seed, outputs, input
     assert error(found) <= error(outer) * (1 + 1e-9)
     for _ in range(10):
         assert error(found + 1e-3 * torch.randn_like(found)) >= error(found) * (1 - 1e-9)
-    left, _, right = torch.linalg.svd(inner, full_matrices=False)
-    even = left @ right  # a random square matrix may be as good as singular, and has many such factors then
     same = refitted(outer, even, even, h, 0.01)
     torch.testing.assert_close(same, outer, rtol=1e-5, atol=1e-5 * float(outer.abs().max()))
 
