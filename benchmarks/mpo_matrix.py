@@ -1,7 +1,7 @@
 """Time and memory of decomposing one large matrix against its output: three sites, half of the bytes, alternating least squares.
 
     python benchmarks/mpo_matrix.py --json out.json
-    python benchmarks/mpo_matrix.py --defaults --json out.json  # 2048 alone, also with a metric of the outputs and two sweeps, as `mpo` does; no bars
+    python benchmarks/mpo_matrix.py --defaults --json out.json  # the largest alone, also with two sweeps and a metric of the outputs, as `mpo` does; no bars
     python benchmarks/mpo_matrix.py --quick --json out.json      # the smallest size; no bars
 
 Each size in a process of its own; memory is that process's peak, torch included. A singular value decomposition takes eight times as long at twice the size.
@@ -110,7 +110,7 @@ def main() -> None:
     if args.matrix:
         large_matrix(args.matrix, args.sweeps, args.of_loss)
         return
-    rows = defaults(2048) if args.defaults else large(SIZES[:1] if args.quick else SIZES, not args.quick)
+    rows = defaults(SIZES[-1]) if args.defaults else large(SIZES[:1] if args.quick else SIZES, not args.quick)
     finish(rows, {"sites": 3, "keep": 0.5, "quick": args.quick}, args.json)
 
 
