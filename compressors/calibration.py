@@ -24,7 +24,7 @@ from tensorpress.compressors.base import LayerReport, Progress, no_progress
 from tensorpress.errors import InputError, StepError
 from tensorpress.kernels.kernel_layer import kernel_layers
 from tensorpress.loading import apply_layers, layers_of
-from tensorpress.structure import Block, Structure
+from tensorpress.structure import Block, Structure, without_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -146,9 +146,9 @@ def clear(scratch: Path | None) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _forward(model: PreTrainedModel, batch: torch.Tensor, causal: bool) -> None:
+def _forward(model: PreTrainedModel, batch: torch.Tensor) -> None:
     with torch.no_grad():
-        model(input_ids=batch, **({"use_cache": False} if causal else {}))
+        model(input_ids=batch, **without_cache(model))
 
 
 def _first_hidden(model: PreTrainedModel, structure: Structure, batch: torch.Tensor) -> torch.Tensor:
@@ -161,7 +161,7 @@ def _first_hidden(model: PreTrainedModel, structure: Structure, batch: torch.Ten
 
     handle = model.get_submodule(structure.blocks[0].path).register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        _forward(model, batch, structure.kind == "causal")
+        _forward(model, batch)
     except _Stop:
         pass
     finally:
@@ -187,7 +187,7 @@ def _block_arguments(
 
             handles.append(model.get_submodule(block.path).register_forward_pre_hook(hook, with_kwargs=True))
         try:
-            _forward(model, batch, structure.kind == "causal")
+            _forward(model, batch)
         finally:
             for handle in handles:
                 handle.remove()

@@ -96,6 +96,11 @@ def model_kind(model: PreTrainedModel) -> Kind:
     return "causal" if name.endswith(("ForCausalLM", "LMHeadModel")) else "encoder"
 
 
+def without_cache(model: PreTrainedModel) -> dict[str, bool]:
+    """What `forward` needs so that no keys and values are kept: a decoder without a head keeps them too, and whoever runs its blocks again would add to those."""
+    return {"use_cache": False} if hasattr(model.config.get_text_config(), "use_cache") else {}
+
+
 def linear_shape(layer: nn.Module) -> tuple[int, int]:
     """(outputs m, inputs n) of any linear-like layer."""
     if isinstance(layer, Conv1D):

@@ -9,7 +9,7 @@ Where the product of all row (or column) factors but the first divides the size 
 from __future__ import annotations
 
 import copy
-import os
+import posixpath
 from collections import UserDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -215,13 +215,16 @@ def _moved(size: int, order: torch.Tensor) -> torch.Tensor:
 
 
 def _heads(model: PreTrainedModel, structure: Structure) -> int:
-    """How many heads have keys of their own; 1, so that none is moved, where that is not known or where blocks use the keys of others."""
+    """How many heads have keys of their own; 1, so that none is moved, where that is not known: a block whose layers do not show its keys may use those of others."""
     for block in structure.blocks:
-        groups = block.attention.linears if block.attention is not None else ()
-        if len(groups) == 2 and len(groups[0]) == len(groups[1]) == 1:
-            into, out = (linear_shape(model.get_submodule(path)) for (path,) in groups)
-            if into[0] == out[1]:  # queries alone
-                return 1
+        if block.attention is None:
+            continue
+        groups = block.attention.linears
+        if len(groups) != 2 or len(groups[1]) != 1:
+            return 1
+        into, (out,) = ([linear_shape(model.get_submodule(path)) for path in group] for group in groups)
+        if not (len(into) == 3 or (len(into) == 1 and into[0][0] > out[1])):
+            return 1
     config = model.config.get_text_config()
     found = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
     return found if isinstance(found, int) else 1
@@ -244,7 +247,7 @@ def _attention(block: Block, module: nn.Module, heads: int) -> _Attention | None
 
 def _others(module: nn.Module, paths: tuple[str, ...]) -> bool:
     """Whether the smallest module that holds some layers has other linear ones, which may be of heads and in use for some inputs alone."""
-    holder = os.path.commonpath([path.replace(".", "/") for path in paths]).replace("/", ".")
+    holder = posixpath.commonpath([path.replace(".", "/") for path in paths]).replace("/", ".")
     held = {
         f"{holder}.{name}".lstrip(".")
         for name, layer in module.get_submodule(holder).named_modules()
@@ -314,5 +317,6 @@ def _float(value: Any) -> Any:
     if isinstance(value, torch.Tensor) and value.is_floating_point():
         return value.float()
     if isinstance(value, dict | UserDict):
-        return type(value)({key: _float(item) for key, item in value.items()})
+        items = {key: _float(item) for key, item in value.items()}
+        return items if isinstance(value, dict) else UserDict(items)
     return type(value)(_float(item) for item in value) if type(value) in (tuple, list) else value

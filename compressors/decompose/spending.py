@@ -15,7 +15,7 @@ from tensorpress.compressors.decompose.allocation import Menu, allocate
 from tensorpress.compressors.decompose.site_plans import WORD, SitePlan
 from tensorpress.compressors.decompose.weighted_low_rank import WeightedSVD, weighted_svd
 from tensorpress.compressors.moments import SecondMoment
-from tensorpress.structure import Block, Structure, linear_shape, linear_weight
+from tensorpress.structure import Block, Structure, linear_shape, linear_weight, without_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -126,8 +126,7 @@ class Probe:
 
     @torch.no_grad()
     def _outputs(self) -> torch.Tensor:
-        arguments = {"use_cache": False} if self.causal else {}
-        found = self.model(input_ids=self.windows, **arguments)[0].flatten(0, 1).float()
+        found = self.model(input_ids=self.windows, **without_cache(self.model))[0].flatten(0, 1).float()
         return found.log_softmax(-1) if self.causal else found
 
 

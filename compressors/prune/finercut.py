@@ -19,7 +19,15 @@ from tensorpress.compressors.base import Calibration, Compressor, LayerReport, R
 from tensorpress.compressors.distances import total_distance
 from tensorpress.errors import InputError, StepError
 from tensorpress.kernels.kernel_layer import kernel_layers
-from tensorpress.structure import Structure, Sublayer, find_structure, remove_sublayer, set_module, stub_from_spec
+from tensorpress.structure import (
+    Structure,
+    Sublayer,
+    find_structure,
+    remove_sublayer,
+    set_module,
+    stub_from_spec,
+    without_cache,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -153,7 +161,7 @@ class FinerCut(Compressor):
 @torch.no_grad()
 def outputs(model: PreTrainedModel, batch: torch.Tensor, structure: Structure) -> torch.Tensor:
     """Logits, or the last hidden states of an encoder, as [tokens, width] for ids [samples, length]."""
-    result = model(input_ids=batch, **({"use_cache": False} if structure.kind == "causal" else {}))
+    result = model(input_ids=batch, **without_cache(model))
     return result[0].flatten(0, 1)
 
 

@@ -23,7 +23,7 @@ from tensorpress.errors import InputError, StepError
 from tensorpress.kernels.kernel_layer import kernel_layers
 from tensorpress.kernels.quantized_linear import QuantizedLinear
 from tensorpress.kernels.semi_structured_linear import SemiStructuredLinear
-from tensorpress.structure import Structure, find_structure
+from tensorpress.structure import Structure, find_structure, without_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -171,7 +171,7 @@ class Training:
         self.teacher.eval()
         self.batch = max(1, self.config.batch_tokens // self.length)
         causal = self.structure.kind == "causal"
-        self.arguments: dict[str, Any] = {"use_cache": False} if causal else {}
+        self.arguments: dict[str, Any] = without_cache(self.model)
         self.width = self.model.config.get_text_config().vocab_size if causal else self.structure.hidden_size
         count = max(1, VALIDATION_TOKENS // calibration.validation.shape[1])
         self.validation = calibration.validation[:count].to(device)

@@ -41,9 +41,17 @@ def plain_inputs(model, structure, windows, count):
     return {path: torch.cat(parts) for path, parts in seen.items()}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_blocks_get_what_the_changed_model_gives_them(make_model, make_ids, name):
+HEADLESS = [(name, way) for name in NAMES[:-3] for way in ("default", "eager")]
+"""Decoders as models of embeddings are: they keep keys and values unless they are told not to, which blocks that run again would find."""
+
+
+@pytest.mark.parametrize(("name", "headless"), [*((name, None) for name in NAMES), *HEADLESS])
+def test_blocks_get_what_the_changed_model_gives_them(make_model, make_ids, name, headless):
     model = make_model(name)
+    if headless:
+        model = model.base_model
+        if headless == "eager":
+            model.set_attn_implementation("eager")
     structure, windows = find_structure(model), make_ids(SIZES["samples"], SIZES["length"])
     hidden, observed, told = {}, {}, []
 

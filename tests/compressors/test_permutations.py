@@ -2,6 +2,7 @@
 
 import copy
 import re
+from collections import UserDict
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from tensorpress.compressors.decompose.permutations import (
     scale_neurons,
 )
 from tensorpress.compressors.decompose.site_plans import fit, plans
+from tensorpress.compressors.decompose.weighted_low_rank import low_rank_layer
 from tensorpress.kernels.mpo_linear import MPOLinear
 from tensorpress.structure import find_structure, linear_shape, linear_weight, set_module
 
@@ -164,19 +166,34 @@ def test_heads_that_are_told_apart_are_left_alone(make_model, turned_round):
     assert same(model.get_submodule(structure.blocks[1].path), before)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_blocks_that_use_the_keys_of_others(seed, turned_round, outputs, make_ids, dtype):
-    """No head is moved: its queries in another block would not follow."""
+def shared_keys():
     config = transformers.Gemma4TextConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, head_dim=8,
         global_head_dim=8, num_kv_shared_layers=2, vocab_size_per_layer_input=64, hidden_size_per_layer_input=8, pad_token_id=0,
         layer_types=["sliding_attention", "full_attention"] * 2,
     )  # fmt: skip
-    model = transformers.AutoModelForCausalLM.from_config(config).eval().to(dtype)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_that_use_the_keys_of_others(seed, turned_round, outputs, make_ids, dtype):
+    """No head is moved: its queries in another block would not follow."""
+    model = shared_keys().to(dtype)
     ids = make_ids(2, 9)
     expected = outputs(model, ids)
     assert arrange_blocks(model, find_structure(model))["heads"] == 0
     assert torch.equal(outputs(model, ids), expected)
+
+
+def test_blocks_that_use_the_keys_of_others_by_layers_of_low_rank(seed, turned_round):
+    """Which do not look like queries any more."""
+    model = shared_keys()
+    structure = find_structure(model)
+    queries = [path for path in structure.linear_paths if re.search(r"layers\.[23]\..*q_proj", path)]
+    for path in queries:
+        left, right = torch.randn(32, 3), torch.randn(3, 32)
+        set_module(model, path, low_rank_layer(left, right, None, torch.float32, pivoted=False))
+    assert len(queries) == 2 and arrange_blocks(model, find_structure(model))["heads"] == 0
 
 
 def test_layers_that_some_inputs_alone_use(make_model, turned_round):
@@ -308,6 +325,15 @@ def test_what_is_decomposed_already_or_not_there_is_left_alone(make_model):
     assert torch.equal(
         model.state_dict()[f"{blocks[1].path}.mlp.up_proj.weight"], before[f"{blocks[1].path}.mlp.up_proj.weight"]
     )
+
+
+def test_arguments_in_float32_are_others():
+    """A block may write what it keeps for others into a dictionary that it gets."""
+    kept = UserDict({0: torch.ones(2, dtype=torch.bfloat16)})
+    found = permutations._float({"kept": kept, "mask": None, "pair": (torch.ones(1).half(), 3)})
+    assert found["kept"] is not kept and found["kept"][0].dtype == torch.float32 and kept[0].dtype == torch.bfloat16
+    assert isinstance(found["kept"], UserDict) and found["mask"] is None
+    assert found["pair"][0].dtype == torch.float32 and found["pair"][1] == 3
 
 
 # --- the order

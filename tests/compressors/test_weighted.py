@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from tensorpress.compressors.decompose import site_plans
 from tensorpress.compressors.decompose.allocation import Menu, allocate
 from tensorpress.compressors.decompose.alternating import _Problem, refine
 from tensorpress.compressors.decompose.site_plans import SitePlan, best_fit, fit, most_sites, plans
@@ -114,6 +115,40 @@ def test_refinement_never_raises_the_error_and_says_it_truly(seed, rows, columns
         assert errors[-1] < 0.9 * errors[0]
     elif len(rows) == 2:  # two sites: the start is the optimum
         assert errors[-1] == pytest.approx(errors[0], rel=1e-9)
+
+
+@pytest.mark.parametrize("of_outputs", [None, "diagonal", "full"])
+@pytest.mark.parametrize("of_inputs", [None, "diagonal", "full"])
+def test_a_matrix_between_both_metrics(seed, of_inputs, of_outputs):
+    """In memory row after row as the matrix is: what is added to it and multiplied with it would take longer."""
+    matrix, h, g = torch.randn(24, 30, dtype=torch.float64), moment(30), moment(24)
+    metrics = {None: (None, None), "diagonal": (h.diagonal(), g.diagonal()), "full": (h, g)}
+    problem = _Problem(matrix, metrics[of_inputs][0], metrics[of_outputs][1])
+    whole = {
+        None: (torch.eye(30).double(), torch.eye(24).double()),
+        "diagonal": (h.diag().diag(), g.diag().diag()),
+        "full": (h, g),
+    }
+    expected = whole[of_outputs][1] @ matrix @ whole[of_inputs][0]
+    found = problem.weighted(matrix)
+    torch.testing.assert_close(found, expected)
+    assert found.is_contiguous()
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_a_fit_keeps_the_better_of_its_start_and_what_was_refined(seed, monkeypatch, better):
+    """Whatever the refinement says of itself, which may be in float32."""
+    weight, h = torch.randn(24, 30), moment(30)
+    plan = SitePlan("balanced", (4, 6), (5, 6))
+    parts = (plan, 4, weight, None, h, None)
+    start = fit(*parts, pivoted=False, sweeps=0, damping=1e-3)
+    truly = fit(*parts, pivoted=False, sweeps=2, damping=1e-3)
+    assert truly.loss < 0.95 * start.loss
+    refined = truly.cores if better else [core * 1.5 for core in start.cores]
+    monkeypatch.setattr(site_plans, "refine", lambda *args, **fields: (refined, [1.0, 0.0]))
+    found = fit(*parts, pivoted=False, sweeps=2, damping=1e-3)
+    assert found.loss == (truly.loss if better else start.loss)
+    torch.testing.assert_close(found.layer.dense_weight(), (truly if better else start).layer.dense_weight())
 
 
 @pytest.mark.parametrize("noise", [1.0, 1e-2])

@@ -304,7 +304,7 @@ def recipe_text() -> Callable[..., str]:
 
 
 UNCLEAR = re.compile(
-    r"Traceback|TENSORPRESS_DEBUG|\b(?!Input)[A-Z]\w*(Error|Exception|Warning)\b|<class|object at 0x|site-packages|allocat(e|or)"
+    r"Traceback|TENSORPRESS_DEBUG|\b(?!Input)[A-Z]\w*(Error|Exception|Warning)\b|<class|object at 0x|site-packages|bad.alloc|allocat(e|or|ion failed)"
 )
 """What an error line says when nobody thought of the error."""
 
