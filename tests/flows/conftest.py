@@ -119,27 +119,18 @@ class Served(NamedTuple):
         return "tensorpress", self.token
 
     def api(self, method: str, path: str, **body: Any) -> httpx.Response:
-        """A request to Prefect as its own client makes it: asked again while the server's database is busy (503, or 60 s of silence)."""
-        end = time.monotonic() + 180
-        while True:
-            try:
-                answer = self._asked(method, path, body)
+        """A request to Prefect as its own client makes it: asked again while the server's database is busy (503)."""
+        with httpx.Client(base_url=f"{self.prefect}/api", auth=self.auth, timeout=30, trust_env=False) as client:
+            headers, content = {}, {}
+            if method != "GET":  # what reads alone needs no token, which the server would have to write
+                token = client.get("/csrf-token", params={"client": "test"}).json()["token"]
+                headers, content = {"Prefect-Csrf-Token": token, "Prefect-Csrf-Client": "test"}, {"json": body}
+            end = time.monotonic() + 30
+            while True:
+                answer = client.request(method, path, headers=headers, **content)
                 if answer.status_code != 503 or time.monotonic() > end:
                     return answer
-            except httpx.ReadTimeout:
-                if time.monotonic() > end:
-                    raise
-            time.sleep(0.5)
-
-    def _asked(self, method: str, path: str, body: dict[str, Any]) -> httpx.Response:
-        with httpx.Client(base_url=f"{self.prefect}/api", auth=self.auth, timeout=60, trust_env=False) as client:
-            if method == "GET":  # needs no token, which the server would have to write
-                return client.get(path)
-            token = client.get("/csrf-token", params={"client": "test"})
-            if token.status_code == 503:
-                return token
-            headers = {"Prefect-Csrf-Token": token.json()["token"], "Prefect-Csrf-Client": "test"}
-            return client.request(method, path, headers=headers, json=body)
+                time.sleep(0.5)
 
     def deployment(self, name: str) -> dict[str, Any]:
         answer = self.api("GET", f"/deployments/name/{name}")
@@ -163,11 +154,13 @@ class Served(NamedTuple):
         return answer.json()
 
     def ended(self, run_id: str, seconds: float = 180.0) -> dict[str, Any]:
-        """A flow run when it has ended."""
-        end = time.monotonic() + seconds
-        while (run := self.flow_run(run_id))["state_type"] not in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"):
+        """A flow run when it has ended; a server that is silent meanwhile is asked again."""
+        end, run = time.monotonic() + seconds, {"state_type": "", "state_name": "no answer"}
+        while run["state_type"] not in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"):
             assert time.monotonic() < end, f"{run['state_name']} after {seconds} s"
             time.sleep(0.5)
+            with contextlib.suppress(httpx.ReadTimeout):
+                run = self.flow_run(run_id)
         return run
 
     def tasks_of(self, run_id: str) -> dict[str, str]:
@@ -304,7 +297,7 @@ def recipe_text() -> Callable[..., str]:
 
 
 UNCLEAR = re.compile(
-    r"Traceback|TENSORPRESS_DEBUG|\b(?!Input)[A-Z]\w*(Error|Exception|Warning)\b|<class|object at 0x|site-packages|bad.alloc|allocat(e|or|ion failed)"
+    r"Traceback|TENSORPRESS_DEBUG|\b(?!Input)[A-Z]\w*(Error|Exception|Warning)\b|<class|object at 0x|site-packages|(bad|memory).alloc|alloc(?!ation\b)|allocation (failed|of)"
 )
 """What an error line says when nobody thought of the error."""
 
